@@ -1,0 +1,129 @@
+// Builds generic.inc once per instruction set and chooses a level.
+#include "cpu/isa.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// Standard headers stay above: included under a target pragma, their inline functions would be
+// compiled for that target and could be picked by the linker for everybody.
+
+#define MKRS_ISA generic
+#include "cpu/generic.inc"
+#undef MKRS_ISA
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#endif
+#define MKRS_ISA avx2
+#define MKRS_HAS_FMA 1
+#define MKRS_HAS_F16C 1
+#include "cpu/generic.inc"
+#undef MKRS_ISA
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), \
+    apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#define MKRS_ISA avx512
+#include "cpu/generic.inc"
+#undef MKRS_ISA
+#undef MKRS_HAS_FMA
+#undef MKRS_HAS_F16C
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#elif defined(__aarch64__)
+
+// NEON is part of the arm64 baseline, so no target is needed.
+#define MKRS_ISA neon
+#define MKRS_HAS_FMA 1
+#define MKRS_HAS_NEON 1
+#include "cpu/generic.inc"
+#undef MKRS_ISA
+#undef MKRS_HAS_FMA
+#undef MKRS_HAS_NEON
+
+#endif
+
+namespace mkrs::cpu {
+namespace {
+
+struct Level {
+  const Kernels* table;
+  bool supported;
+};
+
+std::vector<Level> levels() {
+  std::vector<Level> found{{&generic::table, true}};
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  found.push_back({&avx2::table, avx2});
+  found.push_back({&avx512::table, avx512});
+#elif defined(__aarch64__)
+  found.push_back({&neon::table, true});
+#endif
+  return found;
+}
+
+const Kernels& choose() {
+  const std::vector<Level> all = levels();
+  const char* forced = std::getenv("MKRS_CPU_ISA");
+  const Kernels* best = nullptr;
+  std::string names;
+  for (const Level& level : all) {
+    if (!level.supported) continue;
+    names += (names.empty() ? "" : ", ") + std::string(level.table->name);
+    best = level.table;
+    if (forced != nullptr && std::strcmp(forced, level.table->name) == 0) return *level.table;
+  }
+  if (forced != nullptr && *forced != '\0') {
+    throw std::runtime_error("mkrs: MKRS_CPU_ISA must be one of the levels this processor runs (" +
+                             names + "), got '" + forced + "'");
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Level& level : levels()) {
+    if (level.supported) names.emplace_back(level.table->name);
+  }
+  return names;
+}
+
+}  // namespace mkrs::cpu
