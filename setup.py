@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
 # The oldest torch whose stable ABI the sources use: 0x02 major, 0x0b minor.
 TORCH_TARGET_VERSION = "0x020b000000000000"
-PY_LIMITED_API = "0x030a0000"
 
 try:
     import torch
@@ -50,7 +49,6 @@ def extension() -> "cpp_extension.Extension":
     macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
         ("TORCH_STABLE_ONLY", None),
-        ("Py_LIMITED_API", PY_LIMITED_API),
     ]
     # Contraction would fuse scale*q + offset into one rounding where the format promises two; the
     # kernels ask for fma by name where they want it.

@@ -29,11 +29,11 @@ template <typename... Args>
 }
 
 // The message is only built when the check fails.
-#define MKRS_CHECK(cond, op, ...)             \
-  do {                                        \
-    if (__builtin_expect(!(cond), 0)) {       \
-      ::mkrs::fail(op, __VA_ARGS__);          \
-    }                                         \
+#define MKRS_CHECK(cond, op, ...)       \
+  do {                                  \
+    if (__builtin_expect(!(cond), 0)) { \
+      ::mkrs::fail(op, __VA_ARGS__);    \
+    }                                   \
   } while (false)
 
 inline std::string shape_string(const Tensor& t) {
@@ -129,6 +129,13 @@ inline int64_t row_stride(const Tensor& t) {
   return dim >= 2 ? t.stride(dim - 2) : t.size(dim - 1);
 }
 
+// The number of rows of `t` seen as a matrix.
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
 // The components of one weight, made fit for kernels (copied only when a component's rows do not
 // have one stride), with the view onto them. Keep it alive while a kernel runs.
 struct WeightArgs {
@@ -161,8 +168,7 @@ inline WeightArgs check_weight(const char* op, const Tensor& codes, const Tensor
   // A group longer than the row is the row: kernels then never overflow on group_size.
   w.group_size = group_size < in_features ? group_size : (in_features > 0 ? in_features : 1);
   w.scale_type = check_float(op, "scale", scale.scalar_type());
-  w.rows = 1;
-  for (int64_t i = 0; i + 1 < dim; ++i) w.rows *= codes.size(i);
+  w.rows = rows_of(codes);
 
   const auto check_groups = [&](const char* what, const Tensor& t) {
     bool same = t.dim() == dim && t.size(dim - 1) == w.groups;
@@ -175,22 +181,22 @@ inline WeightArgs check_weight(const char* op, const Tensor& codes, const Tensor
   MKRS_CHECK(!(zero_point.has_value() && offset.has_value()), op,
              "zero_point and offset must not both be given, got both");
 
-  const auto rows_of = [](const Tensor& t) {
+  const auto as_rows = [](const Tensor& t) {
     return has_uniform_rows(t) ? t : torch::stable::contiguous(t);
   };
-  WeightArgs args{rows_of(codes), rows_of(scale), std::nullopt, w};
+  WeightArgs args{as_rows(codes), as_rows(scale), std::nullopt, w};
   if (zero_point.has_value()) {
     check_groups("zero_point", *zero_point);
     MKRS_CHECK(zero_point->scalar_type() == ScalarType::Byte, op, "zero_point must be uint8, got ",
                dtype_name(zero_point->scalar_type()));
     args.view.scheme = Scheme::Asymmetric;
-    args.zero = rows_of(*zero_point);
+    args.zero = as_rows(*zero_point);
   } else if (offset.has_value()) {
     check_groups("offset", *offset);
     MKRS_CHECK(offset->scalar_type() == scale.scalar_type(), op, "offset must have scale's dtype ",
                dtype_name(scale.scalar_type()), ", got ", dtype_name(offset->scalar_type()));
     args.view.scheme = Scheme::Affine;
-    args.zero = rows_of(*offset);
+    args.zero = as_rows(*offset);
   }
   args.view.codes = static_cast<const uint8_t*>(args.codes.const_data_ptr());
   args.view.scale = args.scale.const_data_ptr();
@@ -201,6 +207,25 @@ inline WeightArgs check_weight(const char* op, const Tensor& codes, const Tensor
     args.view.zero_stride = row_stride(*args.zero);
   }
   return args;
+}
+
+// input of dequant_matmul and dequant_matmul_t: [..., features], on the device of 2-D codes.
+inline Float check_matmul_input(const char* op, const Tensor& input, const Tensor& codes) {
+  const Float type = check_float(op, "input", input.scalar_type());
+  MKRS_CHECK(input.dim() >= 1, op, "input must have at least 1 dimension, got a scalar");
+  MKRS_CHECK(codes.dim() == 2, op, "codes must have 2 dimensions, got ", shape_string(codes));
+  check_device(op, "codes", codes, input, "input");
+  return type;
+}
+
+inline void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& input,
+                       int64_t out_features) {
+  if (!bias.has_value()) return;
+  MKRS_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, "bias must have shape [",
+             out_features, "], got ", shape_string(*bias));
+  MKRS_CHECK(bias->scalar_type() == input.scalar_type(), op, "bias must have input's dtype ",
+             dtype_name(input.scalar_type()), ", got ", dtype_name(bias->scalar_type()));
+  check_device(op, "bias", *bias, input, "input");
 }
 
 // The sizes of `t` with the last one replaced.

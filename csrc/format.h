@@ -23,9 +23,13 @@ enum class Scheme : int {
 // Element types of activations, outputs, scales and offsets.
 enum class Float : int { F32 = 0, F16 = 1, BF16 = 2 };
 
-constexpr int64_t float_size(Float type) { return type == Float::F32 ? 4 : 2; }
+constexpr int64_t float_size(Float type) {
+  return type == Float::F32 ? 4 : 2;
+}
 
-constexpr bool valid_bits(int64_t bits) { return bits == 8 || bits == 4 || bits == 2; }
+constexpr bool valid_bits(int64_t bits) {
+  return bits == 8 || bits == 4 || bits == 2;
+}
 
 // A power of two from 16 to 256, or anything that covers the whole row ("per row").
 constexpr bool valid_group_size(int64_t group_size, int64_t in_features) {
@@ -42,8 +46,8 @@ constexpr int64_t num_groups(int64_t in_features, int64_t group_size) {
   return in_features / group_size + (in_features % group_size != 0);
 }
 
-// A weight as kernels see it: `rows` rows of `in_features` elements. Rows may be a view into a wider
-// matrix, so every component has a row stride of its own; elements within a row are adjacent.
+// A weight as kernels see it: `rows` rows of `in_features` elements. Rows may be a view into a
+// wider matrix, so every component has a row stride of its own; elements within a row are adjacent.
 struct QuantizedWeight {
   const uint8_t* codes = nullptr;
   const void* scale = nullptr;

@@ -37,7 +37,7 @@
 #undef MKRS_ISA
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                         \
     __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
