@@ -28,8 +28,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
-        "mergekit_torch: building needs torch >= 2.11 in this environment, and none can be imported "
-        f"({error}).\nInstall torch first, then: pip install --no-build-isolation ."
+        "mergekit_torch: building needs torch >= 2.11 in this environment, and it cannot be "
+        f"imported ({error}).\nInstall torch first, then: pip install --no-build-isolation ."
     )
 
 torch_version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
