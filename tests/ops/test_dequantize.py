@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+from cases import BITS, FLOATS, GROUPS, SCHEMES, SHAPES
+from oracle import dequantize32, random_weight
+
+from mergekit_torch import ops
+from mergekit_torch.ops._common import reference_dequantize
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("scale_dtype", FLOATS, ids=str)
+def test_bit_exact(bits, scheme, group_size, scale_dtype, device):
+    for rows, k in SHAPES:
+        w = random_weight(rows, k, bits, group_size, scheme, scale_dtype, device)
+        expected = torch.from_numpy(dequantize32(w))
+        for dtype in FLOATS:
+            got = ops.dequantize(
+                *w.components, bits=bits, group_size=w.group_size, in_features=k, dtype=dtype
+            )
+            assert got.dtype == dtype
+            assert torch.equal(got.cpu(), expected.to(dtype)), (rows, k, dtype)
+        reference = reference_dequantize(*w.components, bits, w.group_size, k)
+        assert torch.equal(reference.cpu(), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_leading_dimensions_and_empty(bits, device):
+    w = random_weight((2, 3, 5), 70, bits, 32, "affine", device=device)
+    got = ops.dequantize(*w.components, bits=bits, group_size=32, in_features=70)
+    assert got.shape == (2, 3, 5, 70)
+    np.testing.assert_array_equal(got.cpu().numpy(), dequantize32(w))
+    for rows, k in ((0, 64), (4, 0), (0, 0)):
+        w = random_weight(rows, k, bits, 16, "asymmetric", device=device)
+        got = ops.dequantize(*w.components, bits=bits, group_size=16, in_features=k)
+        assert got.shape == (rows, k)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_views_read_only_their_rows(bits, scheme, device):
+    """Row and column slices are views with strides and storage offsets of their own."""
+    w = random_weight(20, 256, bits, 32, scheme, device=device)
+    dense = torch.from_numpy(dequantize32(w))
+    for rows in (slice(3, 11), slice(1, 20, 3), slice(19, 20)):
+        parts = [None if t is None else t[rows] for t in w.components]
+        got = ops.dequantize(*parts, bits=bits, group_size=32, in_features=256)
+        assert torch.equal(got.cpu(), dense[rows])
+    columns = slice(64, 224)
+    parts = [
+        w.codes[:, 64 * bits // 8 : 224 * bits // 8],
+        *(None if t is None else t[:, 2:7] for t in w.components[1:]),
+    ]
+    got = ops.dequantize(*parts, bits=bits, group_size=32, in_features=160)
+    assert torch.equal(got.cpu(), dense[:, columns])
+    # Components whose rows have no single stride are copied, not misread.
+    stacked = random_weight((4, 6), 64, bits, 16, scheme, device=device)
+    expected = torch.from_numpy(dequantize32(stacked)).transpose(0, 1)
+    parts = [None if t is None else t.transpose(0, 1) for t in stacked.components]
+    got = ops.dequantize(*parts, bits=bits, group_size=16, in_features=64)
+    assert torch.equal(got.cpu(), expected)
+
+
+def test_special_scales(device):
+    """Infinite, NaN and subnormal scales dequantize as float arithmetic says."""
+    for value in (float("inf"), float("nan"), 2.0**-24, -0.0, 65504.0):
+        w = random_weight(2, 32, 4, 16, "affine", torch.float16)
+        w.scale[0, 1] = value
+        w = w.to(device)
+        got = ops.dequantize(*w.components, bits=4, group_size=16, in_features=32)
+        np.testing.assert_array_equal(got.cpu().numpy(), dequantize32(w))
+
+
+def test_rounding_to_half_precision(device):
+    """Overflow becomes inf and subnormals are kept in float16 and bfloat16 outputs."""
+    w = random_weight(8, 64, 8, 16, "symmetric", torch.float32)
+    w.scale.copy_(torch.logspace(-12, 3, w.scale.numel()).view_as(w.scale))
+    expected = torch.from_numpy(dequantize32(w))
+    w = w.to(device)
+    for dtype in (torch.float16, torch.bfloat16):
+        got = ops.dequantize(*w.components, bits=8, group_size=16, in_features=64, dtype=dtype)
+        assert torch.equal(got.cpu(), expected.to(dtype))

@@ -1,0 +1,64 @@
+"""Every instruction-set level of this machine passes the kernel tests."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LEVELS = {
+    "x86_64": ("generic", "avx2", "avx512"),
+    "aarch64": ("generic", "neon"),
+    "arm64": ("generic", "neon"),
+}.get(platform.machine(), ("generic",))
+KERNEL_TESTS = (
+    "test_quantize.py",
+    "test_dequantize.py",
+    "test_dequant_matmul.py",
+    "test_dequant_matmul_t.py",
+    "test_dequant_embedding.py",
+    "test_dequant_reduce.py",
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("MKRS_TEST_DEVICE", "cpu") != "cpu", reason="levels are a matter of the CPU"
+)
+
+
+def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "MKRS_CPU_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE.parent.parent,
+    )
+
+
+PROBE = """
+import torch, mergekit_torch
+mergekit_torch.ops.quantize(torch.ones(1, 16))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", LEVELS)
+def test_level(level):
+    probe = run(level, "-c", PROBE)
+    if "MKRS_CPU_ISA must be one of" in probe.stderr:
+        pytest.skip(f"this processor does not run {level}")
+    assert probe.returncode == 0, probe.stderr
+    tests = [str(HERE / name) for name in KERNEL_TESTS]
+    result = run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_unknown_level_is_refused():
+    result = run("avx9000", "-c", PROBE)
+    assert result.returncode != 0
+    assert "MKRS_CPU_ISA must be one of the levels this processor runs (generic" in result.stderr
+    assert "got 'avx9000'" in result.stderr
