@@ -10,6 +10,9 @@ from .module import QuantizedModule
 
 _matmul = torch.ops.mkrs.dequant_matmul.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_inference = torch.is_inference_mode_enabled
 
 
 class QuantizedLinear(QuantizedModule):
@@ -146,9 +149,9 @@ class QuantizedLinear(QuantizedModule):
         A bias of another dtype is rounded to input's.
         """
         buffers = self._buffers
-        bias = self.bias
-        if bias is not None and bias.dtype != input.dtype:
-            bias = bias.to(input.dtype)
+        bias = self._parameters["bias"]
+        if bias is not None and bias.dtype is not input.dtype:
+            bias = bias.to(input.dtype)  # type: ignore[assignment]
         args = (
             input,
             buffers["weight_codes"],
@@ -160,14 +163,15 @@ class QuantizedLinear(QuantizedModule):
             self.group_size,
             self.compute,
         )
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled()
-            and (input.requires_grad or (bias is not None and bias.requires_grad))
+        if (
+            _is_compiling()
+            or _is_inference()
+            or (_is_grad_enabled() and (input.requires_grad or bias is not None))
         ):
             result: Tensor = _matmul(*args)
             return result
         # Nothing to differentiate: skip the op's autograd layer, which is Python and half the
-        # cost of a small call.
+        # cost of a small call (inference mode skips it by itself).
         with _BelowAutograd():
             result = _matmul(*args)
         return result
