@@ -25,34 +25,43 @@ uint16_t load16(const uint8_t* p) {
   return v;
 }
 
-uint32_t load32(const uint8_t* p) {
-  uint32_t v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 float load_half(const uint8_t* p) {
   return torch::headeronly::detail::fp16_ieee_to_fp32_value(load16(p));
 }
 
+// Vectors that GCC and clang lower to whatever the target has; narrowing is one pack instruction.
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
+
 // 16 bytes hold elements 0..15 in their low nibbles and 16..31 in their high ones; the native order
 // puts neighbours in one byte.
 void interleave_nibbles(const uint8_t* qs, uint8_t* codes) {
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t v = load16(qs + 2 * i);
-    codes[i] = static_cast<uint8_t>((v & 0x0f) | ((v >> 4) & 0xf0));
-    codes[8 + i] = static_cast<uint8_t>(((v >> 4) & 0x0f) | ((v >> 8) & 0xf0));
-  }
+  u16x8 v;
+  std::memcpy(&v, qs, sizeof v);
+  const u8x8 low = __builtin_convertvector((v & 0x0f) | ((v >> 4) & 0xf0), u8x8);
+  const u8x8 high = __builtin_convertvector(((v >> 4) & 0x0f) | ((v >> 8) & 0xf0), u8x8);
+  std::memcpy(codes, &low, sizeof low);
+  std::memcpy(codes + 8, &high, sizeof high);
 }
 
-// Bit j of the flag word qh is bit 4 of element j.
-template <int bias>
-void widen_5bit(const uint8_t* qh_bytes, const uint8_t* qs, uint8_t* codes) {
-  const uint32_t qh = load32(qh_bytes);
-  for (int j = 0; j < 16; ++j) {
-    codes[j] = static_cast<uint8_t>(((qs[j] & 0x0f) | (((qh >> j) & 1) << 4)) + bias);
-    codes[16 + j] = static_cast<uint8_t>(((qs[j] >> 4) | (((qh >> (16 + j)) & 1) << 4)) + bias);
-  }
+// Eight 5-bit values in the bytes of a word: `nibbles` below, the bits of `flags` as bit 4.
+uint64_t join_5bit(uint64_t nibbles, uint8_t flags, uint64_t bias) {
+  const uint64_t ones = 0x0101010101010101u;
+  // Byte j keeps bit j only; adding 0x7f then carries it, wherever it is, into bit 7.
+  const uint64_t bit = ((flags * ones) & 0x8040201008040201u) + 0x7f * ones;
+  return ((nibbles & (0x0f * ones)) | ((bit >> 3) & (0x10 * ones))) + bias * ones;
+}
+
+// Bit j of the four bytes at qh is bit 4 of element j; nibbles as in interleave_nibbles.
+void widen_5bit(const uint8_t* qh, const uint8_t* qs, uint64_t bias, uint8_t* codes) {
+  uint64_t q[2], out[4];
+  std::memcpy(q, qs, sizeof q);
+  out[0] = join_5bit(q[0], qh[0], bias);
+  out[1] = join_5bit(q[1], qh[1], bias);
+  out[2] = join_5bit(q[0] >> 4, qh[2], bias);
+  out[3] = join_5bit(q[1] >> 4, qh[3], bias);
+  std::memcpy(codes, out, sizeof out);
 }
 
 // The 6-bit scales and mins that Q4_K and Q5_K pack into 12 bytes, times d and -dmin.
@@ -94,7 +103,7 @@ struct Q5_0 {
   using Scale = uint16_t;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale*) {
     *scale = load16(b);
-    widen_5bit<128 - 16>(b + 2, b + 6, codes);
+    widen_5bit(b + 2, b + 6, 128 - 16, codes);
   }
 };
 
@@ -105,7 +114,7 @@ struct Q5_1 {
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale* offset) {
     *scale = load16(b);
     *offset = load16(b + 2);
-    widen_5bit<0>(b + 4, b + 8, codes);
+    widen_5bit(b + 4, b + 8, 0, codes);
   }
 };
 
@@ -132,12 +141,13 @@ struct Q2_K {
     }
     for (int half = 0; half < 2; ++half) {
       for (int k = 0; k < 4; ++k) {
-        for (int t = 0; t < 8; ++t) {
-          // Four neighbours sit in four bytes at the same bit position: gather them into one byte.
-          uint32_t v = (load32(qs + 32 * half + 4 * t) >> (2 * k)) & 0x03030303u;
-          v |= v >> 6;
-          codes[32 * half + 8 * k + t] = static_cast<uint8_t>((v & 0x0f) | ((v >> 12) & 0xf0));
-        }
+        // Four neighbours sit in four bytes at the same bit position: gather them into one byte.
+        u32x8 v;
+        std::memcpy(&v, qs + 32 * half, sizeof v);
+        v = (v >> (2 * k)) & 0x03030303u;
+        v |= v >> 6;
+        const u8x8 out = __builtin_convertvector((v & 0x0f) | ((v >> 12) & 0xf0), u8x8);
+        std::memcpy(codes + 32 * half + 8 * k, &out, sizeof out);
       }
     }
   }
