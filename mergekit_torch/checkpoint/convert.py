@@ -29,8 +29,8 @@ __all__ = ["ConvertedCheckpoint", "convert_gguf"]
 class ConvertedCheckpoint:
     """A GGUF checkpoint seen under the names and in the row order of the native one.
 
-    Nothing is read until :meth:`items` or :meth:`tensor` is asked for a tensor, and one tensor is in
-    memory at a time. The values are the file's, exactly.
+    Nothing is read until :meth:`items` or :meth:`tensor` is asked for a tensor, and one tensor is
+    in memory at a time. The values are the file's, exactly.
 
     Args:
         checkpoint: an opened GGUF file.
@@ -137,8 +137,8 @@ def convert_gguf(
     Args:
         source: a GGUF path or an opened checkpoint.
         path: the directory to write, or a ``.safetensors`` file.
-        names: ``"hf"`` or ``"gguf"``, see :class:`ConvertedCheckpoint`. With ``"hf"`` a directory gets
-            ``config.json`` as well.
+        names: ``"hf"`` or ``"gguf"``, see :class:`ConvertedCheckpoint`. With ``"hf"`` a directory
+            gets ``config.json`` as well.
         max_shard_size: as in :func:`save_checkpoint`.
         progress: called with name and bytes after every tensor.
 

@@ -1,8 +1,8 @@
 """Reading GGUF headers (versions 2 and 3, little endian).
 
-Layout: ``"GGUF"``, u32 version, u64 number of tensors, u64 number of key-value pairs, the pairs, the
-tensor descriptions, padding to ``general.alignment`` (32 unless given), the data. Source: ggml's
-``docs/gguf.md``.
+Layout: ``"GGUF"``, u32 version, u64 number of tensors, u64 number of key-value pairs, the pairs,
+the tensor descriptions, padding to ``general.alignment`` (32 unless given), the data. Source:
+ggml's ``docs/gguf.md``.
 """
 
 from __future__ import annotations

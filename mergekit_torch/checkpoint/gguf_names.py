@@ -57,8 +57,8 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 def _check_architecture(architecture: str) -> None:
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise NotImplementedError(
-            f"GGUF architecture must be one of {', '.join(SUPPORTED_ARCHITECTURES)} to be converted "
-            f"to Hugging Face names, got {architecture!r}; keep the file's own names instead"
+            f"GGUF architecture must be one of {', '.join(SUPPORTED_ARCHITECTURES)} to be "
+            f"converted to Hugging Face names, got {architecture!r}; keep the file's own names instead"
         )
 
 
@@ -112,8 +112,8 @@ def rope_row_order(rows: int, heads: int) -> Tensor:
     """For each Hugging Face row of a llama ``q_proj``/``k_proj`` the GGUF row that holds it.
 
     GGUF llama files pair neighbouring rows of a head for the rotary embedding, transformers pairs
-    row i with row i + head_dim/2: within a head of d rows, row ``j*d/2 + i`` there is row ``2*i + j``
-    here. Whole rows move, so quantized weights move without loss.
+    row i with row i + head_dim/2: within a head of d rows, row ``j*d/2 + i`` there is row ``2*i +
+    j`` here. Whole rows move, so quantized weights move without loss.
 
     Args:
         rows: rows of the weight, heads * head_dim.
@@ -304,9 +304,9 @@ def rope_scaling_from_factors(
 ) -> dict[str, Any] | None:
     """transformers' ``rope_scaling`` for the frequency divisors that Llama 3.1 files carry.
 
-    The divisors are 1 for wavelengths under ``original/high``, ``factor`` over ``original/low``, and
-    blend between. ``low`` 1, ``high`` 4 and ``original`` 8192 are those of every published model; the
-    result is checked against the tensor.
+    The divisors are 1 for wavelengths under ``original/high``, ``factor`` over ``original/low``,
+    and blend between. ``low`` 1, ``high`` 4 and ``original`` 8192 are those of every published
+    model; the result is checked against the tensor.
 
     Raises:
         NotImplementedError: other divisors.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from mergekit_torch.format import code_bytes, num_groups
+
 __all__ = ["SAFETENSORS_DTYPES", "QuantInfo", "TensorInfo", "dtype_code"]
 
 #: Bits per element of every dtype the safetensors format defines. Files are checked against these
@@ -81,9 +83,9 @@ def dtype_code(dtype: torch.dtype) -> str:
 class QuantInfo:
     """The native quantization of one weight; see ``docs/format.md``.
 
-    ``bits`` a code, ``group_size`` weights a scale, ``scheme`` one of symmetric, asymmetric, affine,
-    ``in_features`` the length K of a row, ``scale_dtype`` of scale and offset, and ``dtype``, the
-    dtype that the weight dequantizes to unless another is asked for.
+    ``bits`` a code, ``group_size`` weights a scale, ``scheme`` one of symmetric, asymmetric,
+    affine, ``in_features`` the length K of a row, ``scale_dtype`` of scale and offset, and
+    ``dtype``, the dtype that the weight dequantizes to unless another is asked for.
     """
 
     bits: int
@@ -96,17 +98,12 @@ class QuantInfo:
     @property
     def row_bytes(self) -> int:
         """Bytes of codes a row."""
-        return (self.in_features * self.bits + 7) // 8
+        return code_bytes(self.in_features, self.bits)
 
     @property
     def groups(self) -> int:
         """Groups, so scales, a row."""
-        return -(-self.in_features // self.group_size)
-
-    @property
-    def zero_name(self) -> str | None:
-        """``"zero_point"``, ``"offset"`` or None."""
-        return {"symmetric": None, "asymmetric": "zero_point", "affine": "offset"}[self.scheme]
+        return num_groups(self.in_features, self.group_size)
 
     def component_shapes(
         self, shape: tuple[int, ...]
@@ -137,7 +134,8 @@ class TensorInfo:
         shape: logical shape, in torch's order.
         nbytes: bytes stored in the file, all components together.
         file: the file that holds it.
-        offset: where its data starts in the file, in bytes (its codes, if it is quantized natively).
+        offset: where its data starts in the file, in bytes (its codes, if it is quantized
+            natively).
         quantization: parameters of the native form, None for a plain tensor.
         parts: the stored tensors that make up a natively quantized weight.
     """

@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 
 import torch
 
+from mergekit_torch.format import BITS, FORMAT_VERSION, GROUP_SIZES, SCHEMES
+
 from .errors import CheckpointError
 from .info import SAFETENSORS_DTYPES, QuantInfo
 from .safetensors_header import StoredTensor, load_json
 
-__all__ = ["FORMAT_VERSION", "native_metadata", "parse_native"]
+__all__ = ["native_metadata", "parse_native"]
 
-#: The newest version of the storage format that this package reads, and the one it writes.
-FORMAT_VERSION = 1
 VERSION_KEY = "mkrs.format_version"
 QUANTIZED_KEY = "mkrs.quantized"
 #: Every metadata key with this prefix belongs to the format.
@@ -26,8 +26,8 @@ PREFIX = "mkrs."
 
 _SCALE_CODES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_GROUP_SIZES = (16, 32, 64, 128, 256)
 _MAX_INT = 2**63 - 1
+_REQUIRED = {"bits", "group_size", "scheme", "in_features"}
 
 
 def native_metadata(quantized: Mapping[str, QuantInfo]) -> dict[str, str]:
@@ -51,9 +51,9 @@ def native_metadata(quantized: Mapping[str, QuantInfo]) -> dict[str, str]:
 
 def check_quant_info(info: QuantInfo, fail: Callable[[str], NoReturn]) -> None:
     """Check the values that a writer is about to store or a reader has found."""
-    if type(info.bits) is not int or info.bits not in (8, 4, 2):
+    if type(info.bits) is not int or info.bits not in BITS:
         fail(f"bits must be 8, 4 or 2, got {info.bits!r:.80}")
-    if info.scheme not in ("symmetric", "asymmetric", "affine"):
+    if info.scheme not in SCHEMES:
         fail(f"scheme must be symmetric, asymmetric or affine, got {info.scheme!r:.80}")
     if type(info.in_features) is not int or not 0 <= info.in_features <= _MAX_INT // 8:
         fail(f"in_features must be a number from 0 to 2**60, got {info.in_features!r:.80}")
@@ -61,10 +61,10 @@ def check_quant_info(info: QuantInfo, fail: Callable[[str], NoReturn]) -> None:
     if (
         type(size) is not int
         or not 0 < size <= _MAX_INT
-        or (size not in _GROUP_SIZES and size < info.in_features)
+        or (size not in GROUP_SIZES and size < info.in_features)
     ):
         fail(
-            f"group_size must be one of {', '.join(map(str, _GROUP_SIZES))} or at least "
+            f"group_size must be one of {', '.join(map(str, GROUP_SIZES))} or at least "
             f"in_features ({info.in_features}), got {size!r:.80}"
         )
     if info.scale_dtype not in _SCALE_CODES.values():
@@ -111,8 +111,9 @@ def parse_native(
         fail_json(f"must be a JSON object, got {type(entries).__name__}")
     result: dict[str, tuple[QuantInfo, tuple[int, ...], dict[str, str]]] = {}
     claimed: dict[str, str] = {}
+    known: dict[QuantInfo, QuantInfo] = {}  # a model has few distinct ones
     for name, entry in entries.items():
-        result[name] = _entry(name, entry, tensors, path)
+        result[name] = _entry(name, entry, tensors, path, known)
         for part in result[name][2].values():
             if part in claimed:
                 fail(f"tensor {part!r} belongs to both {claimed[part]!r} and {name!r}")
@@ -126,14 +127,18 @@ def parse_native(
 
 
 def _entry(
-    name: str, entry: Any, tensors: Mapping[str, StoredTensor], path: object
+    name: str,
+    entry: Any,
+    tensors: Mapping[str, StoredTensor],
+    path: object,
+    known: dict[QuantInfo, QuantInfo],
 ) -> tuple[QuantInfo, tuple[int, ...], dict[str, str]]:
     def fail(what: str) -> NoReturn:
         raise CheckpointError(f"{path}: quantized tensor {name!r}: {what}")
 
     if not isinstance(entry, dict):
         fail("must be described by bits, group_size, scheme and in_features")
-    missing = {"bits", "group_size", "scheme", "in_features"} - set(entry)
+    missing = _REQUIRED - entry.keys()
     if missing:
         fail(f"its description lacks {', '.join(sorted(missing))}")
 
@@ -159,6 +164,7 @@ def _entry(
         dtype=_FLOATS[dtype],
     )
     check_quant_info(info, fail)
+    info = known.setdefault(info, info)
     if len(codes.shape) < 2:
         fail(f"codes must have at least 2 dimensions [..., N, bytes], got {list(codes.shape)}")
     shape = (*codes.shape[:-1], info.in_features)

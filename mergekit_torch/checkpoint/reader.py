@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,34 +42,63 @@ _GGUF_PLAIN: dict[int, torch.dtype] = {
 }
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What is needed to produce one listed tensor."""
+class _Entry(NamedTuple):
+    """One listed tensor; kept small, a large model has tens of thousands."""
 
-    info: TensorInfo
+    name: str
     file: MappedFile
-    stored: StoredTensor | GgufTensor | None  # None for natively quantized weights
-    parts: dict[str, tuple[torch.dtype, StoredTensor]]
+    # Of natively quantized weights: component -> where it is.
+    stored: StoredTensor | GgufTensor | dict[str, StoredTensor]
+    shape: tuple[int, ...]
+    quantization: QuantInfo | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As :attr:`TensorInfo.dtype`."""
+        if self.quantization is not None:
+            return self.quantization.dtype
+        if isinstance(self.stored, GgufTensor):
+            return _GGUF_PLAIN.get(self.stored.type)
+        assert isinstance(self.stored, StoredTensor)
+        return SAFETENSORS_DTYPES.get(self.stored.code)
+
+    @property
+    def info(self) -> TensorInfo:
+        """All that is known of it."""
+        path, stored = self.file.path, self.stored
+        if isinstance(stored, dict):
+            parts = tuple(
+                _Entry(f"{self.name}_{part}", self.file, where, where.shape).info
+                for part, where in stored.items()
+            )
+            kind, begin, nbytes = "quantized", parts[0].offset, sum(part.nbytes for part in parts)
+        else:
+            parts = ()
+            kind = stored.type_name if isinstance(stored, GgufTensor) else stored.code
+            begin, nbytes = stored.begin, stored.end - stored.begin
+        return TensorInfo(
+            self.name, kind, self.dtype, self.shape, nbytes, path, begin, self.quantization, parts
+        )
 
 
 class Checkpoint(Mapping[str, Any]):
     """A read-only mapping of names to tensors that are views onto the mapped files.
 
-    ``checkpoint[name]`` is a :class:`torch.Tensor`, or a :class:`mergekit_torch.QuantizedTensor` for
-    weights quantized natively or by GGUF. Natively quantized weights are listed under their logical
-    name; their components are folded into one tensor.
+    ``checkpoint[name]`` is a :class:`torch.Tensor`, or a :class:`mergekit_torch.QuantizedTensor`
+    for weights quantized natively or by GGUF. Natively quantized weights are listed under their
+    logical name; their components are folded into one tensor.
 
-    * Tensors of safetensors files and unquantized GGUF tensors are zero-copy views; one whose data is
-      not aligned to its elements is copied instead. Quantized GGUF tensors are converted at every
-      access, without loss; keep what you need.
+    * Tensors of safetensors files and unquantized GGUF tensors are zero-copy views; one whose data
+      is not aligned to its elements is copied instead. Quantized GGUF tensors are converted at
+      every access, without loss; keep what you need.
     * Each tensor has a storage of its own, so saving or sharing one does not drag the file along.
     * The map is copy-on-write: writing into a tensor changes neither the file nor other processes.
     * A tensor keeps the map alive; closing the checkpoint does not invalidate it.
 
     Raises (on access):
         KeyError: no such tensor.
-        CheckpointError: the file was replaced, truncated, changed or removed since it was opened, or
-            the checkpoint is closed.
+        CheckpointError: the file was replaced, truncated, changed or removed since it was opened,
+            or the checkpoint is closed.
         NotImplementedError: a tensor type without a native form, named in the message.
     """
 
@@ -89,7 +120,7 @@ class Checkpoint(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         entry = self._entry(name)
-        if entry.info.quantization is None:
+        if entry.quantization is None:
             return _plain(entry)
         return self._quantized(entry, self._components(entry))
 
@@ -144,21 +175,21 @@ class Checkpoint(Mapping[str, Any]):
         """The components of a quantized weight, without wrapping them.
 
         Returns:
-            ``{"codes", "scale"}`` and ``"zero_point"`` or ``"offset"`` as the scheme has it, and the
-            parameters. Zero-copy for native files, converted for GGUF.
+            ``{"codes", "scale"}`` and ``"zero_point"`` or ``"offset"`` as the scheme has it, and
+            the parameters. Zero-copy for native files, converted for GGUF.
 
         Raises:
             KeyError: no such tensor.
             ValueError: the tensor is not quantized.
         """
         entry = self._entry(name)
-        if entry.info.quantization is None:
+        if entry.quantization is None:
             _refuse_codebook(entry)
             raise ValueError(
                 f"{entry.file.path}: tensor {name!r} must be quantized to have components, "
                 f"got plain {entry.info.kind}"
             )
-        return self._components(entry), entry.info.quantization
+        return self._components(entry), entry.quantization
 
     def get_slice(self, name: str) -> TensorSlice:
         """A handle whose indexing reads only the bytes it needs: ``get_slice(name)[a:b, c:d]``.
@@ -171,11 +202,11 @@ class Checkpoint(Mapping[str, Any]):
     def stored_items(self) -> Iterator[tuple[str, Tensor]]:
         """Plain tensors one at a time, quantized weights as their components.
 
-        Names are those of a state dict (``T_codes``, ``T_scale``, ``T_zero_point`` or ``T_offset``),
-        for GGUF files as well. Only the tensor in flight is held here.
+        Names are those of a state dict (``T_codes``, ``T_scale``, ``T_zero_point`` or
+        ``T_offset``), for GGUF files as well. Only the tensor in flight is held here.
         """
         for name, entry in self._entries.items():
-            if entry.info.quantization is None:
+            if entry.quantization is None:
                 yield name, _plain(entry)
             else:
                 for part, tensor in self._components(entry).items():
@@ -193,8 +224,10 @@ class Checkpoint(Mapping[str, Any]):
         """Components, of some rows and a block-aligned range of columns for GGUF types."""
         if isinstance(entry.stored, GgufTensor):
             return _gguf_components(entry, entry.stored, rows, columns)
+        assert isinstance(entry.stored, dict)
         return {
-            part: _view(entry.file, stored, dtype) for part, (dtype, stored) in entry.parts.items()
+            part: _view(entry.file, stored, SAFETENSORS_DTYPES[stored.code])
+            for part, stored in entry.stored.items()
         }
 
     def _quantized(
@@ -203,7 +236,7 @@ class Checkpoint(Mapping[str, Any]):
         # Imported late: tensor depends on the ops, and plain files need neither.
         from mergekit_torch.tensor import QuantizedTensor
 
-        info = entry.info.quantization
+        info = entry.quantization
         assert info is not None
         return QuantizedTensor(
             parts["codes"],
@@ -228,8 +261,8 @@ class TensorSlice:
     def __init__(self, checkpoint: Checkpoint, entry: _Entry) -> None:
         self._checkpoint = checkpoint
         self._tensor = entry
-        self.shape = entry.info.shape
-        self.dtype = entry.info.dtype
+        self.shape = entry.shape
+        self.dtype = entry.dtype
 
     def __repr__(self) -> str:
         return f"TensorSlice({self._tensor.info.name!r}, shape={list(self.shape)})"
@@ -247,11 +280,11 @@ class TensorSlice:
         """
         entry = self._tensor
         parts = _expand(index, self.shape)
-        if entry.info.quantization is None:
+        if entry.quantization is None:
             return _plain(entry, parts)
         if isinstance(entry.stored, GgufTensor):
             return self._gguf(entry, parts)
-        tensor = self._checkpoint[entry.info.name]
+        tensor = self._checkpoint[entry.name]
         return tensor[tuple(parts)]
 
     def _gguf(self, entry: _Entry, parts: list[int | slice]) -> Any:
@@ -287,11 +320,11 @@ def open_checkpoint(
     """Open a checkpoint without reading its tensors.
 
     Args:
-        path: a ``.safetensors`` file; a ``.gguf`` file (of a split one any part, all are opened); an
-            ``*.index.json``; or a directory that holds one of these. What a file is, its first bytes
-            decide, not its name.
-        dtype: float32, float16 or bfloat16 that quantized weights dequantize to. None: what the file
-            says, else float32.
+        path: a ``.safetensors`` file; a ``.gguf`` file (of a split one any part, all are opened);
+            an ``*.index.json``; or a directory that holds one of these. What a file is, its first
+            bytes decide, not its name.
+        dtype: float32, float16 or bfloat16 that quantized weights dequantize to. None: what the
+            file says, else float32.
 
     Raises:
         FileNotFoundError: the path, or a shard that an index or a split file needs, is not there.
@@ -305,19 +338,37 @@ def open_checkpoint(
         where = _find(where)
     elif not where.exists():
         raise FileNotFoundError(f"{where}: no such file or directory")
-    if where.name.endswith(_INDEX_SUFFIX):
-        checkpoint = _open_index(where, dtype)
-    else:
-        file = MappedFile(where)
-        magic = file.read(0, min(4, file.size))
-        if magic == b"GGUF":
-            checkpoint = _open_gguf(file, dtype)
-        elif where.suffix == ".gguf":
-            raise CheckpointError(f"{where}: GGUF header: must start with b'GGUF', got {magic!r}")
-        else:
-            checkpoint = _open_safetensors([(file, None)], where, dtype)
+    with _without_gc():
+        checkpoint = _open(where, dtype)
     checkpoint.path = Path(path)
     return checkpoint
+
+
+def _open(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _open_index(path, dtype)
+    file = MappedFile(path)
+    magic = file.read(0, min(4, file.size))
+    if magic == b"GGUF":
+        return _open_gguf(file, dtype)
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: GGUF header: must start with b'GGUF', got {magic!r}")
+    return _open_safetensors([(file, None)], path, dtype)
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Parsing makes thousands of short-lived containers; a collection started by them would walk
+    all of torch's objects, which takes ten times as long as opening.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _find(directory: Path) -> Path:
@@ -351,7 +402,7 @@ def _find(directory: Path) -> Path:
 
 
 def _open_index(path: Path, dtype: torch.dtype | None) -> Checkpoint:
-    """Hugging Face's ``*.safetensors.index.json``: ``{"metadata": …, "weight_map": {name: file}}``."""
+    """Hugging Face's index: ``{"metadata": …, "weight_map": {tensor name: file name}}``."""
 
     def fail(what: str) -> NoReturn:
         raise CheckpointError(f"{path}: {what}")
@@ -405,60 +456,22 @@ def _open_safetensors(
         for name, tensor in stored.items():
             logical = owner.get(name)
             if logical is None:
-                entry = _plain_entry(name, tensor, file)
+                entry = _Entry(name, file, tensor, tensor.shape)
             elif logical in entries and entries[logical].file is file:
                 continue
             else:
-                entry = _native_entry(logical, *quantized[logical], stored, file, dtype)
-            if entry.info.name in entries:
+                info, shape, parts = quantized[logical]
+                if dtype is not None:
+                    info = replace(info, dtype=dtype)
+                where = {part: stored[key] for part, key in parts.items()}
+                entry = _Entry(logical, file, where, shape, info)
+            if entry.name in entries:
                 raise CheckpointError(
-                    f"{path}: tensor {entry.info.name!r} must be in one shard, got "
-                    f"{entries[entry.info.name].file.path.name} and {file.path.name}"
+                    f"{path}: tensor {entry.name!r} must be in one shard, got "
+                    f"{entries[entry.name].file.path.name} and {file.path.name}"
                 )
-            entries[entry.info.name] = entry
+            entries[entry.name] = entry
     return Checkpoint(path, "safetensors", entries, [file for file, _ in shards], metadata)
-
-
-def _plain_entry(name: str, tensor: StoredTensor, file: MappedFile) -> _Entry:
-    info = TensorInfo(
-        name=name,
-        kind=tensor.code,
-        dtype=SAFETENSORS_DTYPES.get(tensor.code),
-        shape=tensor.shape,
-        nbytes=tensor.end - tensor.begin,
-        file=file.path,
-        offset=tensor.begin,
-    )
-    return _Entry(info, file, tensor, {})
-
-
-def _native_entry(
-    name: str,
-    quantization: QuantInfo,
-    shape: tuple[int, ...],
-    parts: dict[str, str],
-    stored: Mapping[str, StoredTensor],
-    file: MappedFile,
-    dtype: torch.dtype | None,
-) -> _Entry:
-    if dtype is not None:
-        quantization = replace(quantization, dtype=dtype)
-    infos = tuple(_plain_entry(part, stored[part], file).info for part in parts.values())
-    info = TensorInfo(
-        name=name,
-        kind="quantized",
-        dtype=quantization.dtype,
-        shape=shape,
-        nbytes=sum(part.nbytes for part in infos),
-        file=file.path,
-        offset=infos[0].offset,
-        quantization=quantization,
-        parts=infos,
-    )
-    tensors = {
-        part: (SAFETENSORS_DTYPES[stored[key].code], stored[key]) for part, key in parts.items()
-    }
-    return _Entry(info, file, None, tensors)
 
 
 def _open_gguf(file: MappedFile, dtype: torch.dtype | None) -> Checkpoint:
@@ -473,7 +486,7 @@ def _open_gguf(file: MappedFile, dtype: torch.dtype | None) -> Checkpoint:
         if count != len(files) and not (count == 0 and len(files) == 1):
             raise CheckpointError(
                 f"{part.path}: split.count must be the {len(files)} in the file's name, "
-                f"got {count!r:.80}; a split file keeps the name -00001-of-0000N.gguf it was made with"
+                f"got {count!r:.80}; a split file must keep the name it was made with"
             )
         if len(files) > 1 and header.metadata.get("split.no") != number:
             raise CheckpointError(
@@ -528,17 +541,7 @@ def _gguf_entry(
             scale_dtype=layout.scale_dtype,
             dtype=dtype or torch.float32,
         )
-    info = TensorInfo(
-        name=name,
-        kind=tensor.type_name,
-        dtype=quantization.dtype if quantization else _GGUF_PLAIN.get(tensor.type),
-        shape=tensor.shape,
-        nbytes=tensor.end - tensor.begin,
-        file=file.path,
-        offset=tensor.begin,
-        quantization=quantization,
-    )
-    return _Entry(info, file, tensor, {})
+    return _Entry(name, file, tensor, tensor.shape, quantization)
 
 
 def _refuse_codebook(entry: _Entry) -> None:
@@ -562,9 +565,9 @@ def _refuse_codebook(entry: _Entry) -> None:
 
 def _plain(entry: _Entry, index: list[int | slice] | None = None) -> Tensor:
     _refuse_codebook(entry)
-    assert entry.stored is not None
-    assert entry.info.dtype is not None
-    return _view(entry.file, entry.stored, entry.info.dtype, index)
+    assert not isinstance(entry.stored, dict)
+    assert entry.dtype is not None
+    return _view(entry.file, entry.stored, entry.dtype, index)
 
 
 def _view(

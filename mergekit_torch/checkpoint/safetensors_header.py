@@ -30,6 +30,7 @@ MAX_HEADER = 100_000_000
 #: Data starts at a multiple of this in files that we write.
 DATA_ALIGNMENT = 64
 _MAX_INT = 2**63 - 1
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class StoredTensor(NamedTuple):
@@ -136,36 +137,33 @@ def _entry(name: str, entry: Any, data_start: int, file_size: int, path: object)
     def fail(what: str) -> NoReturn:
         raise CheckpointError(f"{path}: tensor {name!r}: {what}")
 
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         fail("must be described by dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in SAFETENSORS_BITS:
         fail(f"dtype must be one of {', '.join(SAFETENSORS_BITS)}, got {_short(code)}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= _MAX_INT for n in shape):
-        fail(f"shape must be a list of sizes from 0 to 2**63-1, got {_short(shape)}")
+    if not isinstance(shape, list):
+        fail(f"shape must be a list of sizes, got {_short(shape)}")
     if len(shape) > 64:
         fail(f"a tensor has at most 64 dimensions, got {len(shape)}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(n) is int and n >= 0 for n in offsets)
-    ):
-        fail(f"data_offsets must be two numbers from 0 up, got {_short(offsets)}")
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        fail(f"data_offsets must be two numbers, got {_short(offsets)}")
     begin, end = offsets
-    if begin > end:
-        fail(f"data_offsets must not decrease, got {_short(offsets)}")
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        fail(f"data_offsets must be two rising numbers from 0 up, got {_short(offsets)}")
     if end > file_size - data_start:
         fail(
             f"its data must end inside the file's {file_size - data_start} bytes of data, "
             f"got {_short(end)}; the file is truncated or the header is wrong"
         )
     bits = SAFETENSORS_BITS[code]
-    for size in shape:
-        bits *= size
-    # Sizes that torch could not even describe: a zero elsewhere in the shape does not excuse them.
     described = 1
     for size in shape:
-        described *= max(size, 1)
+        if type(size) is not int or not 0 <= size <= _MAX_INT:
+            fail(f"shape must hold sizes from 0 to 2**63-1, got {_short(shape)}")
+        bits *= size
+        described *= size or 1
+    # Sizes that torch could not even describe: a zero elsewhere in the shape does not excuse them.
     if described > _MAX_INT:
         fail(f"the number of elements must fit in 63 bits, got shape {_short(shape)}")
     if bits % 8 or bits // 8 != end - begin:
@@ -190,8 +188,8 @@ def build_header(
 ) -> tuple[bytes, dict[str, StoredTensor], int]:
     """The first bytes of a file, where each tensor goes, and the size of the file.
 
-    ``tensors`` gives name, dtype code, shape and bytes. The header is padded with spaces so that the
-    data starts at a multiple of 64. The format allows no holes between tensors, so those whose
+    ``tensors`` gives name, dtype code, shape and bytes. The header is padded with spaces so that
+    the data starts at a multiple of 64. The format allows no holes between tensors, so those whose
     length is a multiple of 64 come first (all of them and the next then start at one), the others
     by falling size of element, which keeps each aligned to its own elements.
     """
@@ -213,8 +211,8 @@ def build_header(
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"the header of a safetensors file must be at most {MAX_HEADER} bytes, got {len(text)}; "
-            "write shards"
+            f"the header of a safetensors file must be at most {MAX_HEADER} bytes, "
+            f"got {len(text)}; write shards"
         )
     start = 8 + len(text)
     stored = {

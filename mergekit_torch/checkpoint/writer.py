@@ -34,8 +34,8 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 class TensorSpec(NamedTuple):
     """What a tensor to be written will be: its dtype and shape, or a quantization and shape.
 
-    ``dtype`` is the stored dtype of a plain tensor and ignored if ``quantization`` is given; ``shape``
-    is logical, so ``[..., out_features, in_features]`` for a quantized weight.
+    ``dtype`` is the stored dtype of a plain tensor and ignored if ``quantization`` is given;
+    ``shape`` is logical, so ``[..., out_features, in_features]`` for a quantized weight.
     """
 
     dtype: torch.dtype
@@ -88,14 +88,15 @@ def spec_of(tensor: Any) -> TensorSpec:
 class CheckpointWriter:
     """Writes one safetensors file, a tensor at a time.
 
-    All names, dtypes and shapes are declared first, so the header is written at once and every tensor
-    can follow when it is ready, in any order, from any thread, each exactly once. Memory: the tensor
-    in flight.
+    All names, dtypes and shapes are declared first, so the header is written at once and every
+    tensor can follow when it is ready, in any order, from any thread, each exactly once. Memory:
+    the tensor in flight.
 
-    The bytes go to a temporary file in the same directory, which replaces ``path`` at the end (fsync,
-    rename, fsync of the directory). So ``path`` holds either the old file or the complete new one,
-    whatever happens, and tensors that are mapped from the old file stay valid. On an exception the
-    temporary file is removed; only a killed process leaves it behind (a hidden ``.*.tmp``).
+    The bytes go to a temporary file in the same directory, which replaces ``path`` at the end
+    (fsync, rename, fsync of the directory). So ``path`` holds either the old file or the complete
+    new one, whatever happens, and tensors that are mapped from the old file stay valid. On an
+    exception the temporary file is removed; only a killed process leaves it behind (a hidden
+    ``.*.tmp``).
 
     Args:
         path: the file to write; an existing one, or a symbolic link, is replaced at the end.
@@ -254,7 +255,8 @@ class CheckpointWriter:
         given, declared = spec_of(tensor).quantization, spec.quantization
         if given != declared:
             raise ValueError(
-                f"{self.path}: tensor {name!r}: must be quantized as declared, {declared}, got {given}"
+                f"{self.path}: tensor {name!r}: must be quantized as declared, "
+                f"{declared}, got {given}"
             )
         return _components_of(tensor)
 
@@ -300,7 +302,7 @@ class CheckpointWriter:
         _sync_directory(target.parent)
 
     def abort(self) -> None:
-        """Give up: the temporary file goes, the old file stays. Does nothing after :meth:`close`."""
+        """Give up: the old file stays. Does nothing after :meth:`close`."""
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):
@@ -442,8 +444,8 @@ def save_checkpoint(
         path: a ``.safetensors`` file, or a directory (made if missing) that gets
             ``model.safetensors``, or ``model-0000i-of-0000N.safetensors`` and
             ``model.safetensors.index.json`` as Hugging Face names them.
-        metadata: strings for every file's ``__metadata__``; ``{"format": "pt"}`` unless given, which
-            transformers requires.
+        metadata: strings for every file's ``__metadata__``; ``{"format": "pt"}`` unless given,
+            which transformers requires.
         max_shard_size: bytes of tensor data a file, or like ``"5GB"``; only for a directory. A
             tensor that is larger gets a file of its own.
         specs: what the pairs will be, known beforehand; then only the tensor in flight is held.
@@ -453,10 +455,11 @@ def save_checkpoint(
         The files written, the index last.
 
     Raises:
-        ValueError: sharding into a file, a size that cannot be, specs that the tensors do not match.
+        ValueError: sharding into a file, a size that cannot be, specs that the tensors do not
+            match.
         OSError: a write failed. All files are written under temporary names and renamed at the end,
-            so the old checkpoint is intact then. A directory's old weight files that are not part of
-            the new checkpoint are removed last.
+            so the old checkpoint is intact then. A directory's old weight files that are not part
+            of the new checkpoint are removed last.
     """
     target = Path(path)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
