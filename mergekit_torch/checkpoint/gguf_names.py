@@ -58,7 +58,7 @@ def _check_architecture(architecture: str) -> None:
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise NotImplementedError(
             f"GGUF architecture must be one of {', '.join(SUPPORTED_ARCHITECTURES)} to be "
-            f"converted to Hugging Face names, got {architecture!r}; keep the file's own names instead"
+            f"converted to Hugging Face names, got {architecture!r}; keep the file's names"
         )
 
 
@@ -329,5 +329,5 @@ def rope_scaling_from_factors(
             }
     raise NotImplementedError(
         f"the {factors.numel()} divisors in {ROPE_FACTORS} follow no known rotary scaling; "
-        "keep the file's own names instead"
+        "keep the file's names"
     )

@@ -152,7 +152,7 @@ def test_empty(rows, k):
 
 def test_bad_arguments():
     good = torch.zeros(2, 18, dtype=torch.uint8)
-    with pytest.raises(TypeError, match="blocks must be uint8, got torch.int8"):
+    with pytest.raises(TypeError, match=r"blocks must be uint8, got torch.int8"):
         gguf_unpack(good.to(torch.int8), 2, 2, 32)
     with pytest.raises(TypeError, match="must be a Tensor, got list"):
         gguf_unpack([1], 2, 2, 32)
