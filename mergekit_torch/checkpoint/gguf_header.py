@@ -194,8 +194,8 @@ class _Reader:
         """A string that serves as a key: strictly UTF-8, within the format's 65535 bytes."""
         self.require(8, what)
         (length,) = _u64(self.data, self.position)
-        if length > 65535:
-            self.fail(f"{what} must be at most 65535 bytes long, got {length}")
+        if not 1 <= length <= 65535:
+            self.fail(f"{what} must be 1 to 65535 bytes long, got {length}")
         return self.string(what, "strict")
 
     def value(self, kind: int, what: str) -> Any:
