@@ -191,7 +191,7 @@ def small_llama(tmp_path, architecture="llama", extra=()):
         f32("output_norm.weight", 64),
         *extra,
     ]
-    return write(tmp_path / "small.gguf", gguf_bytes(pairs, tensors))
+    return write(tmp_path / f"{architecture}.gguf", gguf_bytes(pairs, tensors))
 
 
 def test_rows_of_llama_are_put_back(tmp_path):
@@ -254,7 +254,7 @@ def test_smollm2(tmp_path):
     native = open_checkpoint(tmp_path / "native")
     library = load_file(tmp_path / "native" / "model.safetensors")
     converted = ConvertedCheckpoint(source)
-    assert list(converted.specs).sort() == list(native).sort()
+    assert sorted(converted.specs) == sorted(native)
     reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     heads = {"q_proj": 9, "k_proj": 3}
     for name, origin in converted.source_names.items():
