@@ -355,7 +355,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if data.numel() == 0:
         return memoryview(b"")
-    raw = data.view(-1).view(torch.uint8)
+    # Not view(-1): a dimension of size 1 may have kept a stride that view(dtype) refuses.
+    raw = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
     return raw.numpy().data.cast("B")
 
 
