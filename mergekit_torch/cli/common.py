@@ -17,6 +17,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=WIDTH)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)", "(default: [])" and "(default: False)" tell nobody anything.
+        return super()._get_help_string(action) if action.default else action.help
+
 
 def add_command(
     commands: Any, name: str, summary: str, examples: str, details: str = ""
@@ -41,9 +45,7 @@ def size_text(nbytes: float) -> str:
     return f"{int(nbytes)} B"
 
 
-def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
-) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns as wide as their contents; a first column that is too long is cut in its middle."""
     cells = [list(headers), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]

@@ -1,4 +1,4 @@
-"""``mkrs demo``: a real model from a GGUF file on 4-bit weights, against itself dense in float32."""
+"""``mkrs demo``: a real model from a GGUF file on 4-bit weights, against itself in float32."""
 
 import argparse
 import json
@@ -145,7 +145,10 @@ def report(reports: dict[str, dict[str, Any]]) -> str:
         ("bits per weight", *(f"{r['bits_per_weight']:.2f}" for r in (quantized, dense))),
         ("open", *(f"{1e3 * r['open_seconds']:.1f} ms" for r in (quantized, dense))),
         ("load into modules", *(f"{r['load_seconds']:.2f} s" for r in (quantized, dense))),
-        ("time to first token", *(f"{1e3 * r['first_seconds']:.0f} ms" for r in (quantized, dense))),
+        (
+            "time to first token",
+            *(f"{1e3 * r['first_seconds']:.0f} ms" for r in (quantized, dense)),
+        ),
         ("decode", *(f"{r['rate']:.1f} tokens/s" for r in (quantized, dense))),
         ("peak memory of the model", *(size_text(r["peak_bytes"]) for r in (quantized, dense))),
     ]

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         copy_side_files(args.source, args.target)
         drop_quantization(args.target / "config.json")
     seconds = time.perf_counter() - started
-    print(f"{args.target}: {size_text(total)} in {seconds:.2f} s ({total / seconds / 1e9:.2f} GB/s)")
+    print(
+        f"{args.target}: {size_text(total)} in {seconds:.2f} s ({total / seconds / 1e9:.2f} GB/s)"
+    )
     return 0
 
 

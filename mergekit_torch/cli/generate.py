@@ -50,7 +50,11 @@ def run(args: argparse.Namespace) -> int:
     if args.temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {args.temperature}")
     if not args.model.is_dir():
-        hint = f"; convert it first: mkrs convert {args.model} DIRECTORY" if args.model.exists() else ""
+        hint = (
+            f"; convert it first: mkrs convert {args.model} DIRECTORY"
+            if args.model.exists()
+            else ""
+        )
         raise FileNotFoundError(f"{args.model} must be a directory that holds a model{hint}")
     device, dtype = generation.prepare(args)
     if args.seed is not None:

@@ -1,7 +1,7 @@
 """Entry point of ``mkrs``: arguments, errors and exit codes.
 
-Exit codes: 0 done; 1 the work could not be done (the message says why and what to do); 2 wrong usage;
-130 interrupted. A user's mistake never shows a traceback; ``MKRS_TRACEBACK=1`` shows it all the same.
+Exit codes: 0 done; 1 the work could not be done (the message says why and what to do); 2 wrong
+usage; 130 interrupted. A user's mistake shows no traceback, unless ``MKRS_TRACEBACK=1``.
 """
 
 import argparse
@@ -16,7 +16,15 @@ from .common import Formatter
 COMMANDS = (inspect, convert, quantize, dequantize, generate, demo)
 
 # What bad input, a full disk or a missing package raise. Anything else is a bug and says so.
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, NotImplementedError, MemoryError, ImportError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    OSError,
+    NotImplementedError,
+    MemoryError,
+    ImportError,
+)
 
 
 def parser() -> argparse.ArgumentParser:
