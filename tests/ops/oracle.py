@@ -98,7 +98,7 @@ def dequantize32(w: Weight) -> np.ndarray:
     scale = _per_element(w.scale, w).astype(np.float32)
     if w.offset is not None:
         with np.errstate(invalid="ignore", over="ignore"):  # special scales are tested too
-        product = scale * q.astype(np.float32)
+            product = scale * q.astype(np.float32)
         return product + _per_element(w.offset, w).astype(np.float32)
     zero = 2 ** (w.bits - 1) if w.zero_point is None else _per_element(w.zero_point, w)
     return scale * (q - zero).astype(np.float32)
