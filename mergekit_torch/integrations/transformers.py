@@ -163,8 +163,10 @@ def _declare_component_ties(model: nn.Module) -> None:
             if len(pair) == 2 and all(isinstance(part, QuantizedModule) for part in pair):
                 for name in BUFFERS:
                     if pair[1]._buffers[name] is not None:
-                        new = (f"{key.removesuffix('.weight')}.{name}" for key in (target, source))
-                        expanded[next(new)] = next(new)
+                        new, old = (
+                            f"{key.removesuffix('.weight')}.{name}" for key in (target, source)
+                        )
+                        expanded[new] = old
             else:
                 expanded[target] = source
         if expanded != keys:
@@ -272,11 +274,8 @@ class MkrsHfQuantizer(HfQuantizer):
             module.weight = model.get_submodule(source).weight
             module._non_persistent_buffers_set.difference_update(BUFFERS)
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedModule):
-                # The file's scales say which dtype they have, and codes of symmetric weights have
-                # no zeros: nothing here depends on the default that the module was built with.
-                if module.weight_codes.is_meta:
-                    raise RuntimeError(f"{name}.weight was not loaded: the checkpoint lacks it")
+            if isinstance(module, QuantizedModule) and module.weight_codes.is_meta:
+                raise RuntimeError(f"{name}.weight was not loaded: the checkpoint lacks it")
         _declare_component_ties(model)
         return model
 
