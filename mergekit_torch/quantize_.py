@@ -82,9 +82,7 @@ class QuantizeConfig:
         """A dict of JSON types; dtypes by name."""
 
         def plain(value: Any) -> Any:
-            return (
-                str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-            )
+            return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
         result = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         result["overrides"] = {
@@ -158,9 +156,7 @@ def _checked_format(values: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: scale_dtype must be float32, float16 or bfloat16, got {dtype!r}"
         )
     if values["compute"] not in COMPUTE_MODES:
-        raise ValueError(
-            f"{where}: compute must be 'exact' or 'int8', got {values['compute']!r}"
-        )
+        raise ValueError(f"{where}: compute must be 'exact' or 'int8', got {values['compute']!r}")
     return {**values, "scale_dtype": dtype}
 
 
@@ -510,7 +506,11 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]
             key = (id(old.weight_codes), dtype or old.dtype)
             codes.append(old.weight_codes)
             shared = weights.get(key)
-            new = old.to_linear(dtype) if isinstance(old, QuantizedLinear) else old.to_embedding(dtype)
+            new = (
+                old.to_linear(dtype)
+                if isinstance(old, QuantizedLinear)
+                else old.to_embedding(dtype)
+            )
             assert isinstance(new.weight, nn.Parameter)
             if shared is not None:
                 new.weight = shared

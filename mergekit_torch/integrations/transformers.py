@@ -18,7 +18,11 @@ try:
     import transformers
     from transformers.core_model_loading import ConversionOps
     from transformers.initialization import no_init_weights
-    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.quantizers import (
+        HfQuantizer,
+        register_quantization_config,
+        register_quantizer,
+    )
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise ImportError(
@@ -473,13 +477,17 @@ def _empty_model(config: Any, dtype: torch.dtype | None) -> Any:
     else:
         factory = getattr(transformers, name, None)
         if factory is None:
-            raise ValueError(f"architecture {name!r} is not one of transformers {transformers.__version__}")
+            raise ValueError(
+                f"architecture {name!r} is not one of transformers {transformers.__version__}"
+            )
     with no_init_weights(), init_empty_weights(include_buffers=False):
         build = getattr(factory, "_from_config", None) or factory.from_config
         return build(config, **({} if dtype is None else {"dtype": dtype}))
 
 
-def _fill(model: Any, checkpoint: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+def _fill(
+    model: Any, checkpoint: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+) -> None:
     """Put the checkpoint's tensors into ``model`` and tie what is tied."""
     pairs = _tied_pairs(model)
     names = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))

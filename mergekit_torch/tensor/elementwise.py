@@ -158,6 +158,4 @@ def allclose(
         raise ValueError(
             f"allclose needs one shape, got {tuple(self.shape)} and {tuple(other.shape)}"
         )
-    return all(
-        torch.allclose(a, b, rtol, atol, equal_nan) for a, b in _row_blocks(self, other)
-    )
+    return all(torch.allclose(a, b, rtol, atol, equal_nan) for a, b in _row_blocks(self, other))

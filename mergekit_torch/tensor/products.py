@@ -83,9 +83,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @implements(aten.addmm.default, aten.addmv.default)
-def addmm(
-    bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1
-) -> Tensor:
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
     """``beta*bias + alpha*(a @ b)``; a plain bias of a linear layer is fused."""
     if isinstance(bias, QuantizedTensor):
         return unsupported("being the summand of addmm")  # type: ignore[no-any-return]
@@ -128,9 +126,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 @implements(aten.baddbmm.default)
-def baddbmm(
-    bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1
-) -> Tensor:
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
     """``beta*bias + alpha*bmm(a, b)``."""
     if isinstance(bias, QuantizedTensor):
         return unsupported("being the summand of baddbmm")  # type: ignore[no-any-return]
@@ -173,4 +169,3 @@ def embedding(
         weight.dtype,
     )
     return result
-

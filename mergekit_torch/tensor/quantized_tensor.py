@@ -384,9 +384,7 @@ def _transpose(tensor: QuantizedTensor) -> QuantizedTensor:
     size, stride = list(tensor.shape), list(tensor.stride())
     size[-1], size[-2] = size[-2], size[-1]
     stride[-1], stride[-2] = stride[-2], stride[-1]
-    return tensor._with(
-        tensor._parts(), size=size, stride=stride, transposed=not tensor.transposed
-    )
+    return tensor._with(tensor._parts(), size=size, stride=stride, transposed=not tensor.transposed)
 
 
 def _rebuild(

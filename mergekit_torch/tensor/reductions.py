@@ -123,18 +123,14 @@ def mean(
 @implements(aten.amax.default)
 def amax(self: QuantizedTensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     """The largest element over in_features, and over more if asked."""
-    result = _reduce(
-        self, "amax", "amax", lambda t, d: t.amax(d, keepdim=True), dim, keepdim
-    )
+    result = _reduce(self, "amax", "amax", lambda t, d: t.amax(d, keepdim=True), dim, keepdim)
     return result.to(self.dtype)
 
 
 @implements(aten.amin.default)
 def amin(self: QuantizedTensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     """The smallest element over in_features, and over more if asked."""
-    result = _reduce(
-        self, "amin", "amin", lambda t, d: t.amin(d, keepdim=True), dim, keepdim
-    )
+    result = _reduce(self, "amin", "amin", lambda t, d: t.amin(d, keepdim=True), dim, keepdim)
     return result.to(self.dtype)
 
 
