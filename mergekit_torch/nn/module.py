@@ -199,7 +199,7 @@ class QuantizedModule(nn.Module):
                     "module.weight"
                 )
                 return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

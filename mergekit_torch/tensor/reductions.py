@@ -82,9 +82,7 @@ def _reduce(
     elif reduction == "sum" and dims == [last - 1]:
         kept = _sum_over_rows(base)
     else:
-        return unsupported(  # type: ignore[no-any-return]
-            f"{name} over dimensions that leave in_features"
-        )
+        return unsupported(f"{name} over dimensions that leave in_features")
     return _finish(self, kept, dims, keepdim)
 
 
@@ -166,9 +164,7 @@ def vector_norm(
             self, "norm", "abs_max", lambda t, d: t.amax(d, keepdim=True), dim, keepdim
         )
     else:
-        return unsupported(  # type: ignore[no-any-return]
-            f"norm of order {ord}", "use order 2 or infinity, or call .dequantize()"
-        )
+        return unsupported(f"norm of order {ord}", "use order 2 or infinity, or call .dequantize()")
     return result.to(dtype or self.dtype)
 
 
