@@ -232,12 +232,14 @@ class QuantizedTensor(torch.Tensor):
         return _transpose(self) if self.transposed else self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        rate = self.bits_per_weight
+        # Symbolic under torch.compile with dynamic shapes.
+        stored = f", {rate:.3g} bits per weight" if isinstance(rate, float) else ""
         return (
             f"QuantizedTensor(shape={tuple(self.shape)}, bits={self.bits}, "
             f"group_size={self.group_size}, scheme={self.scheme!r}, "
             f"scale={str(self.scale.dtype).removeprefix('torch.')}, "
-            f"dtype={self.dtype}, device='{self.device}', "
-            f"{self.bits_per_weight:.3g} bits per weight"
+            f"dtype={self.dtype}, device='{self.device}'{stored}"
             f"{', transposed' if self.transposed else ''})"
         )
 

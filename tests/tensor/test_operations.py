@@ -191,6 +191,9 @@ def test_views_share_memory(mode, bits, scheme):
         lambda w: w.mT[:, 3],
         lambda w: w.transpose(0, 1).transpose(-1, -2),
         lambda w: w.view(2, 12, 200).mT[1],
+        lambda w: w.view(2, 12, 200).permute(0, 2, 1),
+        lambda w: w.view(2, 12, 200).permute(1, 2, 0)[3],
+        lambda w: w.view(2, 12, 200).permute(1, 2, 0).transpose(1, 2)[:, :, 64:],
         lambda w: w.expand(3, 24, 200),
         lambda w: w.t().expand(3, 200, 24),
         lambda w: w.detach(),
@@ -205,8 +208,9 @@ def test_views_share_memory(mode, bits, scheme):
             torch.testing.assert_close(got.dequantize(), want, rtol=0, atol=0)
             assert {t.untyped_storage().data_ptr() for t in got.components.values()} <= memory, i
         # Products of views too.
-        x = torch.randn(2, 64)
-        torch.testing.assert_close(F.linear(x, q[::3, 64:128]), x @ w[::3, 64:128].T)
+        x, part = torch.randn(2, 64), w[::3, 64:128].T
+        bound = product_bound(x, part, torch.float32)
+        close(F.linear(x, q[::3, 64:128]), x.double() @ part.double(), bound)
 
 
 def test_writes_through_a_view_are_seen():
@@ -377,7 +381,7 @@ def test_equal_and_allclose():
     other.codes[39, 49] ^= 1
     assert not torch.equal(q, other)
     assert not torch.allclose(q, other, rtol=0, atol=0)
-    assert torch.allclose(q, q * (1 + 1e-7))
+    assert torch.allclose(q, q * (1 + 1e-7), atol=1e-5)
     # The same values in another format.
     assert torch.equal(q * 1.0, q * 2 / 2)
     with pytest.raises(ValueError, match="one shape"):
