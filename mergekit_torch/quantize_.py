@@ -255,7 +255,9 @@ def _kept(
             continue
         owner = name.rpartition(".")[0]
         other = f"{type(model.get_submodule(owner)).__name__} is not a linear or embedding layer"
-        reason = reasons.get(owner, other)
+        # A parametrized layer's parameters live below it.
+        above = next((name for name in reasons if owner.startswith(f"{name}.")), owner)
+        reason = reasons.get(owner, reasons.get(above, other))
         kept.append(KeptReport(name, tuple(parameter.shape), parameter.nbytes, reason))
     return tuple(kept)
 

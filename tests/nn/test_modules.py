@@ -83,7 +83,9 @@ def test_constructor_and_repr():
         (lambda: QuantizedEmbedding(4, 4, 9), ValueError, "padding_idx"),
         (lambda: QuantizedLinear.from_quantized(torch.ones(2, 2)), TypeError, "Tensor"),
         (
-            lambda: QuantizedLinear.from_quantized(QuantizedTensor.from_float(torch.ones(2, 16)).t()),
+            lambda: QuantizedLinear.from_quantized(
+                QuantizedTensor.from_float(torch.ones(2, 16)).t()
+            ),
             ValueError,
             "transposed",
         ),
@@ -217,9 +219,7 @@ def test_plain_checkpoints_load():
     model = nn.ModuleDict({"a": QuantizedLinear(100, 24), "e": QuantizedEmbedding(24, 100)})
     plain = nn.ModuleDict({"a": dense, "e": nn.Embedding(24, 100)})
     model.load_state_dict(plain.state_dict())
-    assert torch.equal(
-        model["e"].weight, QuantizedEmbedding.from_embedding(plain["e"]).weight
-    )
+    assert torch.equal(model["e"].weight, QuantizedEmbedding.from_embedding(plain["e"]).weight)
     quantized = {"weight": QuantizedTensor.from_float(dense.weight.detach()), "bias": dense.bias}
     QuantizedLinear(100, 24).load_state_dict(quantized)
 
@@ -274,9 +274,7 @@ def test_compile_fullgraph():
 def test_export():
     module = QuantizedLinear.from_linear(nn.Linear(100, 24)).requires_grad_(False)
     batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(
-        module, (torch.randn(3, 100),), dynamic_shapes=({0: batch},)
-    )
+    program = torch.export.export(module, (torch.randn(3, 100),), dynamic_shapes=({0: batch},))
     x = torch.randn(7, 100)
     torch.testing.assert_close(program.module()(x), module(x))
 
