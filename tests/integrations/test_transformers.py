@@ -218,7 +218,7 @@ def test_config():
 
 
 def test_load_native_refuses(native_dir, tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         load_native(tmp_path)
     for file in native_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
