@@ -27,8 +27,7 @@ def test_the_documented_reader(tmp_path):
     }
     parts = {name: random_components((3, info.in_features), info) for name, info in infos.items()}
     specs = {
-        name: TensorSpec(torch.float32, (3, info.in_features), info)
-        for name, info in infos.items()
+        name: TensorSpec(torch.float32, (3, info.in_features), info) for name, info in infos.items()
     }
     path = tmp_path / "x.safetensors"
     with CheckpointWriter(path, {**specs, "plain": torch.ones(2)}) as writer:
