@@ -6,7 +6,8 @@ Importing this package registers the ops ``torch.ops.mkrs.*``.
 from . import ops
 from .format import FORMAT_VERSION, QuantFormat
 from .nn import QuantizedEmbedding, QuantizedLinear
-from .quantize_ import QuantizeConfig, QuantizeReport, dequantize_, quantize_
+from .quantize_ import QuantizeReport, dequantize_, quantize_
+from .quantize_config import QuantizeConfig
 from .tensor import QuantizedTensor
 from .version import __version__
 

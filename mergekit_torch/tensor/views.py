@@ -134,11 +134,7 @@ def _slice_columns(
     per_byte, group = 8 // self.bits, self.group_size
     whole_rows = end == self.in_features
     one_group = end <= (start // group + 1) * group
-    if (
-        start % per_byte
-        or (end % per_byte and not whole_rows)
-        or (start % group and not one_group)
-    ):
+    if start % per_byte or (end % per_byte and not whole_rows) or (start % group and not one_group):
         step = math.lcm(group, per_byte)
         raise ValueError(
             f"a column slice of a {self.bits}-bit tensor with group_size {group} must start at a "
@@ -227,9 +223,7 @@ def unsqueeze(self: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 @implements(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aliasing=True)
-def squeeze(
-    self: QuantizedTensor, dim: int | Sequence[int] | None = None
-) -> QuantizedTensor:
+def squeeze(self: QuantizedTensor, dim: int | Sequence[int] | None = None) -> QuantizedTensor:
     """Drop leading dimensions of size 1; K stays."""
     if dim is None:
         dims = list(range(self.dim()))
@@ -249,7 +243,9 @@ def squeeze(
     return result
 
 
-@implements(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aliasing=True)
+@implements(
+    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aliasing=True
+)
 def view(self: QuantizedTensor, size: Sequence[int], *_: Any) -> QuantizedTensor:
     """Other leading dimensions over the same rows of K."""
     shape = list(size)
@@ -291,7 +287,9 @@ def _view_stride(codes: Tensor | None, self: QuantizedTensor) -> list[int] | Non
 
 
 @implements(aten.expand.default, aliasing=True)
-def expand(self: QuantizedTensor, size: Sequence[int], *, implicit: bool = False) -> QuantizedTensor:
+def expand(
+    self: QuantizedTensor, size: Sequence[int], *, implicit: bool = False
+) -> QuantizedTensor:
     """Repeat leading dimensions without copying."""
     shape = list(size)
     offset = len(shape) - self.dim()
