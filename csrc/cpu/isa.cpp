@@ -78,6 +78,7 @@ namespace {
 
 // Thresholds of the VNNI level, all of them here. Measured on Zen 4 with 4 bits, group 64.
 constexpr int64_t kRowsInputs = 4;  // up to so many input rows are dot products along k
+constexpr int64_t kRowsInputsInt8 = 8;
 constexpr int64_t kExactSpan = 64;  // activations per fixed-point scale, where groups are as long
 
 MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
@@ -87,26 +88,33 @@ MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute)
   // A single group of any length is cut into spans; others are powers of two of at least 16.
   const int64_t group = w.groups == 1 ? kExactSpan : w.group_size;
   plan.span = compute == Compute::Int8 ? int8_span(w.group_size) : std::min(kExactSpan, group);
-  plan.regime = Regime::Rows;
-  plan.units = x.rows;
-  plan.unit_bytes = vnni::rows_unit_bytes(w, plan.limbs, plan.span);
-  plan.weight_rows = 4;
+  if (x.rows <= (plan.limbs == 1 ? kRowsInputsInt8 : kRowsInputs)) {
+    plan.regime = Regime::Rows;
+    plan.units = x.rows;
+    plan.unit_bytes = vnni::rows_unit_bytes(w, plan.limbs, plan.span);
+    plan.weight_rows = 4;
+  } else {
+    plan.regime = Regime::Tiles;
+    plan.units = vnni::tiles_units(x.rows);
+    plan.unit_bytes = vnni::tiles_unit_bytes(w, plan.limbs, plan.span);
+    plan.weight_rows = 24;
+  }
   return plan;
 }
 
 bool vnni_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x, int64_t begin,
                   int64_t end, void* scratch) {
-  return vnni::rows_prepare(plan, w, x, begin, end, scratch);
+  const auto prepare = plan.regime == Regime::Rows ? vnni::rows_prepare : vnni::tiles_prepare;
+  return prepare(plan, w, x, begin, end, scratch);
 }
 
 void vnni_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
                  const void* scratch, const void* bias, int64_t begin, int64_t end,
                  const Output& out) {
-  if (plan.regime == Regime::Float) {
-    avx512::table.matmul(plan, w, x, scratch, bias, begin, end, out);
-  } else {
-    vnni::rows_matmul(plan, w, x, scratch, bias, begin, end, out);
-  }
+  const auto matmul = plan.regime == Regime::Rows    ? vnni::rows_matmul
+                      : plan.regime == Regime::Tiles ? vnni::tiles_matmul
+                                                     : avx512::table.matmul;
+  matmul(plan, w, x, scratch, bias, begin, end, out);
 }
 
 Kernels vnni_table() {

@@ -12,18 +12,17 @@
 #include "cpu/isa.h"
 
 #if defined(__clang__)
-#define MKRS_VNNI_BEGIN                                                                      \
-  _Pragma(                                                                                   \
-      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2,avx512f,avx512bw,\""  \
+#define MKRS_VNNI_BEGIN                                                                     \
+  _Pragma(                                                                                  \
+      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2,avx512f,avx512bw,\"" \
       "\"avx512dq,avx512vl,avx512vnni\"))), apply_to = function)")
 #define MKRS_VNNI_END _Pragma("clang attribute pop")
 #else
 // GCC 12's own intrinsics headers trip the uninitialized warnings.
-#define MKRS_VNNI_BEGIN                                                                       \
-  _Pragma("GCC diagnostic ignored \"-Wuninitialized\"")                                       \
-  _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")                                 \
-  _Pragma("GCC push_options")                                                                 \
-  _Pragma("GCC target(\"avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni\")")
+#define MKRS_VNNI_BEGIN                                                               \
+  _Pragma("GCC diagnostic ignored \"-Wuninitialized\"") _Pragma(                      \
+      "GCC diagnostic ignored \"-Wmaybe-uninitialized\"") _Pragma("GCC push_options") \
+      _Pragma("GCC target(\"avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni\")")
 #define MKRS_VNNI_END _Pragma("GCC pop_options")
 #endif
 
