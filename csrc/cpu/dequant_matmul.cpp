@@ -1,9 +1,28 @@
+#include <atomic>
+
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 #include "cpu/threads.h"
 
 namespace mkrs {
 namespace {
+
+cpu::Compute check_compute(const char* op, const std::string& compute) {
+  if (compute == "exact") return cpu::Compute::Exact;
+  if (compute == "int8") return cpu::Compute::Int8;
+  fail(op, "compute must be 'exact' or 'int8', got '", compute, "'");
+}
+
+void run_plan(const cpu::MatmulPlan& plan, const QuantizedWeight& w, const cpu::Matrix& x,
+              const void* scratch, const void* bias, const cpu::Output& out) {
+  const int64_t items = (w.rows + plan.weight_rows - 1) / plan.weight_rows;
+  cpu::parallel_items(items, plan.weight_rows * w.in_features * x.rows,
+                      [&](int64_t begin, int64_t end) {
+                        cpu::kernels().matmul(plan, w, x, scratch, bias, begin * plan.weight_rows,
+                                              std::min(w.rows, end * plan.weight_rows), out);
+                      });
+}
 
 Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& scale,
                       const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
@@ -11,7 +30,7 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
                       const std::string& compute) {
   const char* op = "dequant_matmul";
   const Float type = check_matmul_input(op, input, codes);
-  MKRS_CHECK(compute == "exact", op, "compute must be 'exact', got '", compute, "'");
+  const cpu::Compute mode = check_compute(op, compute);
   const int64_t in_features = input.size(input.dim() - 1);
   const WeightArgs weight =
       check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
@@ -25,10 +44,20 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
       bias.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   const void* bias_data = dense_bias.has_value() ? dense_bias->const_data_ptr() : nullptr;
   const cpu::Output out{result.mutable_data_ptr(), w.rows, type};
-  if (x.rows == 0) return result;
-  cpu::parallel_items(w.rows, w.in_features, [&](int64_t begin, int64_t end) {
-    cpu::kernels().matmul(w, x, bias_data, begin, end, out);
-  });
+  if (x.rows == 0 || w.rows == 0) return result;
+
+  const cpu::Kernels& table = cpu::kernels();
+  cpu::MatmulPlan plan = table.plan(w, x, mode);
+  const cpu::Scratch scratch(plan.units * plan.unit_bytes);
+  std::atomic<bool> prepared{true};
+  cpu::parallel_items(plan.units, x.rows * in_features / std::max<int64_t>(1, plan.units),
+                      [&](int64_t begin, int64_t end) {
+                        if (!table.prepare(plan, w, x, begin, end, scratch.data())) {
+                          prepared = false;
+                        }
+                      });
+  if (!prepared) plan = cpu::MatmulPlan{};
+  run_plan(plan, w, x, scratch.data(), bias_data, out);
   return result;
 }
 
