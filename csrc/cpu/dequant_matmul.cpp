@@ -1,9 +1,6 @@
-#include <atomic>
-
 #include "checks.h"
 #include "cpu/isa.h"
-#include "cpu/scratch.h"
-#include "cpu/threads.h"
+#include "cpu/matmul.h"
 
 namespace mkrs {
 namespace {
@@ -12,16 +9,6 @@ cpu::Compute check_compute(const char* op, const std::string& compute) {
   if (compute == "exact") return cpu::Compute::Exact;
   if (compute == "int8") return cpu::Compute::Int8;
   fail(op, "compute must be 'exact' or 'int8', got '", compute, "'");
-}
-
-void run_plan(const cpu::MatmulPlan& plan, const QuantizedWeight& w, const cpu::Matrix& x,
-              const void* scratch, const void* bias, const cpu::Output& out) {
-  const int64_t items = (w.rows + plan.weight_rows - 1) / plan.weight_rows;
-  cpu::parallel_items(items, plan.weight_rows * w.in_features * x.rows,
-                      [&](int64_t begin, int64_t end) {
-                        cpu::kernels().matmul(plan, w, x, scratch, bias, begin * plan.weight_rows,
-                                              std::min(w.rows, end * plan.weight_rows), out);
-                      });
 }
 
 Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& scale,
@@ -44,20 +31,8 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
       bias.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   const void* bias_data = dense_bias.has_value() ? dense_bias->const_data_ptr() : nullptr;
   const cpu::Output out{result.mutable_data_ptr(), w.rows, type};
-  if (x.rows == 0 || w.rows == 0) return result;
 
-  const cpu::Kernels& table = cpu::kernels();
-  cpu::MatmulPlan plan = table.plan(w, x, mode);
-  const cpu::Scratch scratch(plan.units * plan.unit_bytes);
-  std::atomic<bool> prepared{true};
-  cpu::parallel_items(plan.units, x.rows * in_features / std::max<int64_t>(1, plan.units),
-                      [&](int64_t begin, int64_t end) {
-                        if (!table.prepare(plan, w, x, begin, end, scratch.data())) {
-                          prepared = false;
-                        }
-                      });
-  if (!prepared) plan = cpu::MatmulPlan{};
-  run_plan(plan, w, x, scratch.data(), bias_data, out);
+  cpu::matmul(w, x, mode, bias_data, out);
   return result;
 }
 

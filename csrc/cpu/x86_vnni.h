@@ -3,10 +3,9 @@
 // An activation x of a span is the fixed-point number v = round(x * top / max|x|); v's balanced
 // base-256 digits are its limbs: v = l0*256**(L-1) + ... , each in [-128, 127]. Three limbs carry
 // f32 activations (24 bits of the span's largest), two carry f16 and bf16, one is compute="int8".
-// vpdpbusd multiplies unsigned codes with signed limbs. Codes are centred on c = 2**(bits-1) by
-// integers known beforehand (-c * sum of limbs), so that
-//   w = scale*(q - c) + shift,   shift = 0 | scale*(c - zero_point) | scale*c + offset,
-// and only the small `shift * sum(x)` is left to floats: no cancellation of large terms.
+// vpdpbusd multiplies unsigned codes with signed limbs, so the integer part is exact. Then
+//   symmetric   w = scale*(q - c):      -c * sum(v) is added as an integer, nothing cancels
+//   others      w = scale*q + shift:    shift * sum(x) per group, as floats
 #pragma once
 
 #include "cpu/isa.h"
@@ -29,9 +28,14 @@
 namespace mkrs::cpu::vnni {
 
 // Largest |v| of an activation with so many limbs. Three balanced digits reach 0x7f7f7f; two less
-// leaves room for the rounding of x * (top/max). At 8 bits four products must fit an int32.
-constexpr float top_value(int limbs, int bits) {
-  return limbs == 1 ? 127.0f : limbs == 2 ? 32639.0f : bits == 8 ? 4194296.0f : 8355709.0f;
+// leaves room for the rounding of x * (top/max).
+constexpr float top_value(int limbs) {
+  return limbs == 1 ? 127.0f : limbs == 2 ? 32639.0f : 8355709.0f;
+}
+
+// What codes are centred on in integers.
+constexpr int center_of(const QuantizedWeight& w) {
+  return w.scheme == Scheme::Symmetric ? 1 << (w.bits - 1) : 0;
 }
 
 // Rows: x86_vnni_rows.cpp.

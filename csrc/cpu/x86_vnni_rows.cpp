@@ -28,15 +28,16 @@ namespace {
 constexpr int64_t kPrefetchBytes = 6144;
 
 // Prepared input row. For every 64 bytes of codes: limbs [limb][part][64] where part p of byte j is
-// the activation of that byte's p-th code; then int32 [16], the centring term of each lane. After
-// the vectors: the scale of every span, then the sum of every group, padded to 16 with zeros.
+// the activation of that byte's p-th code; then the centring terms of each lane, int32 [16]: of the
+// leading limb, and of the others together (with one limb, only the latter). After the vectors: the
+// scale of every span, then the sum of every group, padded to 16 with zeros.
 struct Layout {
   int64_t vectors, vector_bytes, spans, scales_at, sums_at, bytes;
 
   Layout(const QuantizedWeight& w, int limbs, int64_t span) {
     const int64_t parts = 8 / w.bits;
     vectors = (w.in_features + 64 * parts - 1) / (64 * parts);
-    vector_bytes = 64 * (limbs * parts + 1);
+    vector_bytes = 64 * (limbs * parts + 2);
     spans = (w.in_features + span - 1) / span;
     scales_at = vectors * vector_bytes;
     sums_at = scales_at + (spans + 15) / 16 * 64;
@@ -45,9 +46,12 @@ struct Layout {
 };
 
 // One vector's worth of limbs in code order to [limb][part][64] and the centring terms.
-inline void store_vector(const int8_t (*linear)[256], int limbs, int bits, char* out) {
-  const int parts = 8 / bits;
-  __m512i total = _mm512_setzero_si512();
+inline void store_vector(const int8_t (*linear)[256], int limbs, const QuantizedWeight& w,
+                         char* out) {
+  const int parts = 8 / w.bits;
+  const __m512i center = _mm512_set1_epi32(-center_of(w));
+  __m512i leading = _mm512_setzero_si512();
+  __m512i others = _mm512_setzero_si512();
   for (int l = 0; l < limbs; ++l) {
     __m512i digit_sum = _mm512_setzero_si512();
     for (int p = 0; p < parts; ++p) {
@@ -67,10 +71,15 @@ inline void store_vector(const int8_t (*linear)[256], int limbs, int bits, char*
       }
       digit_sum = _mm512_dpbusd_epi32(digit_sum, _mm512_set1_epi8(1), _mm512_load_si512(target));
     }
-    total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), digit_sum);
+    if (l == 0 && limbs > 1) {
+      leading = digit_sum;
+    } else {
+      others = _mm512_add_epi32(_mm512_slli_epi32(others, 8), digit_sum);
+    }
   }
-  const __m512i centred = _mm512_sll_epi32(total, _mm_cvtsi32_si128(bits - 1));
-  _mm512_store_si512(out + 64 * limbs * parts, _mm512_sub_epi32(_mm512_setzero_si512(), centred));
+  char* terms = out + 64 * limbs * parts;
+  _mm512_store_si512(terms, _mm512_mullo_epi32(leading, center));
+  _mm512_store_si512(terms + 64, _mm512_mullo_epi32(others, center));
 }
 
 template <int BITS>
@@ -90,25 +99,32 @@ inline void unpack(__m512i packed, __m512i (&codes)[8 / BITS]) {
   }
 }
 
-// Integer dot products of a vector of codes with one prepared vector, centred, per lane.
+// Centred dot products of a vector of codes with one prepared vector, per lane, as floats.
 template <int BITS, int LIMBS>
-inline __m512i dot(const __m512i (&codes)[8 / BITS], const char* x) {
+inline __m512 dot(const __m512i (&codes)[8 / BITS], const char* x) {
   constexpr int kParts = 8 / BITS;
-  // The last limb starts from the centring terms; the others shift towards it.
-  __m512i low = _mm512_load_si512(x + 64 * LIMBS * kParts);
+  const char* terms = x + 64 * LIMBS * kParts;
+  __m512i low = _mm512_load_si512(terms + 64);
   for (int p = 0; p < kParts; ++p) {
     low =
         _mm512_dpbusd_epi32(low, codes[p], _mm512_load_si512(x + 64 * ((LIMBS - 1) * kParts + p)));
   }
-  if constexpr (LIMBS == 1) return low;
-  __m512i high = _mm512_setzero_si512();
-  for (int l = 0; l + 1 < LIMBS; ++l) {
-    if (l > 0) high = _mm512_slli_epi32(high, 8);
-    for (int p = 0; p < kParts; ++p) {
-      high = _mm512_dpbusd_epi32(high, codes[p], _mm512_load_si512(x + 64 * (l * kParts + p)));
-    }
+  if constexpr (LIMBS == 1) return _mm512_cvtepi32_ps(low);
+  __m512i high = _mm512_load_si512(terms);
+  for (int p = 0; p < kParts; ++p) {
+    high = _mm512_dpbusd_epi32(high, codes[p], _mm512_load_si512(x + 64 * p));
   }
-  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+  if constexpr (LIMBS == 2) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+  }
+  // At 8 bits three limbs need more than an int32; elsewhere shifting is the cheaper way.
+  __m512i middle = BITS == 8 ? _mm512_setzero_si512() : _mm512_slli_epi32(high, 8);
+  for (int p = 0; p < kParts; ++p) {
+    middle = _mm512_dpbusd_epi32(middle, codes[p], _mm512_load_si512(x + 64 * (kParts + p)));
+  }
+  const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(middle, 8), low));
+  if constexpr (BITS != 8) return sum;
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536.0f), sum);
 }
 
 // One vector of packed codes times M input vectors; `index` says which of 16 scales a lane has.
@@ -118,9 +134,8 @@ inline void accumulate(__m512i packed, const char* x, int64_t unit_bytes, __m512
   __m512i codes[8 / BITS];
   unpack<BITS>(packed, codes);
   for (int m = 0; m < M; ++m) {
-    const __m512i sum = dot<BITS, LIMBS>(codes, x + m * unit_bytes);
-    acc[m] =
-        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_permutexvar_ps(index, scale[m]), acc[m]);
+    acc[m] = _mm512_fmadd_ps(dot<BITS, LIMBS>(codes, x + m * unit_bytes),
+                             _mm512_permutexvar_ps(index, scale[m]), acc[m]);
   }
 }
 
@@ -260,7 +275,7 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
                   int64_t end, void* scratch) {
   const Layout layout(w, plan.limbs, plan.span);
   const int64_t vector_codes = 64 * (8 / w.bits);
-  const float top = top_value(plan.limbs, w.bits);
+  const float top = top_value(plan.limbs);
   alignas(64) int8_t linear[3][256];
   Span part;
   for (int64_t m = begin; m < end; ++m) {
@@ -289,7 +304,7 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
           group_end += w.group_size;
         }
       }
-      store_vector(linear, plan.limbs, w.bits, out + v * layout.vector_bytes);
+      store_vector(linear, plan.limbs, w, out + v * layout.vector_bytes);
     }
   }
   return true;

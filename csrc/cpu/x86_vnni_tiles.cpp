@@ -83,7 +83,7 @@ inline int64_t panel_lanes(int64_t rows_left) {
   return rows_left <= 8 ? 8 : kPanel;
 }
 
-void prepare_span(const Span* rows, int limbs, int bits, int64_t span, int64_t lanes, char* out) {
+void prepare_span(const Span* rows, int limbs, int center, int64_t span, int64_t lanes, char* out) {
   const int64_t quads = span / 4;
   for (int64_t lane = 0; lane < lanes; ++lane) {
     for (int l = 0; l < limbs; ++l) {
@@ -100,7 +100,7 @@ void prepare_span(const Span* rows, int limbs, int bits, int64_t span, int64_t l
     for (int l = 0; l < limbs; ++l) {
       const __m512i digits = _mm512_load_si512(rows[lane].limb[l]);
       const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digits);
-      centre[l * lanes + lane] = -(_mm512_reduce_add_epi32(sum) << (bits - 1));
+      centre[l * lanes + lane] = -center * _mm512_reduce_add_epi32(sum);
     }
     scales[lane] = rows[lane].scale;
     sums[lane] = rows[lane].scale * static_cast<float>(rows[lane].sum);
@@ -309,7 +309,7 @@ int64_t tiles_unit_bytes(const QuantizedWeight& w, int limbs, int64_t span) {
 
 bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x, int64_t begin,
                    int64_t end, void* scratch) {
-  const float top = top_value(plan.limbs, w.bits);
+  const float top = top_value(plan.limbs);
   Span rows[kPanel];
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t m = panel * kPanel;
@@ -323,7 +323,7 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
         const void* source = element(x.data, row * x.stride + k, x.type);
         if (!split_span(source, x.type, n, plan.limbs, top, rows[lane])) return false;
       }
-      prepare_span(rows, plan.limbs, w.bits, plan.span, lanes, out);
+      prepare_span(rows, plan.limbs, center_of(w), plan.span, lanes, out);
       out += span_bytes(plan.limbs, plan.span, lanes);
     }
   }
