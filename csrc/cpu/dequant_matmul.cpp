@@ -1,9 +1,15 @@
 #include "checks.h"
 #include "cpu/isa.h"
-#include "cpu/threads.h"
+#include "cpu/matmul.h"
 
 namespace mkrs {
 namespace {
+
+cpu::Compute check_compute(const char* op, const std::string& compute) {
+  if (compute == "exact") return cpu::Compute::Exact;
+  if (compute == "int8") return cpu::Compute::Int8;
+  fail(op, "compute must be 'exact' or 'int8', got '", compute, "'");
+}
 
 Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& scale,
                       const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
@@ -11,7 +17,7 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
                       const std::string& compute) {
   const char* op = "dequant_matmul";
   const Float type = check_matmul_input(op, input, codes);
-  MKRS_CHECK(compute == "exact", op, "compute must be 'exact', got '", compute, "'");
+  const cpu::Compute mode = check_compute(op, compute);
   const int64_t in_features = input.size(input.dim() - 1);
   const WeightArgs weight =
       check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
@@ -25,10 +31,8 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
       bias.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   const void* bias_data = dense_bias.has_value() ? dense_bias->const_data_ptr() : nullptr;
   const cpu::Output out{result.mutable_data_ptr(), w.rows, type};
-  if (x.rows == 0) return result;
-  cpu::parallel_items(w.rows, w.in_features, [&](int64_t begin, int64_t end) {
-    cpu::kernels().matmul(w, x, bias_data, begin, end, out);
-  });
+
+  cpu::matmul(w, x, mode, bias_data, out);
   return result;
 }
 

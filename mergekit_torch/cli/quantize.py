@@ -233,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     print(report)
     print(
         f"\n{args.target}: {size_text(before)} -> {size_text(after)}, "
-        f"{before / after:.2f}x smaller, in {seconds:.2f} s ({before / seconds / 1e9:.2f} GB/s read)"
+        f"{before / after:.2f}x smaller, in {seconds:.2f} s, {before / seconds / 1e9:.2f} GB/s read"
     )
     return 0
 
