@@ -106,10 +106,4 @@ void matmul_many(const Product* products, int64_t count, const Matrix& x, Comput
   }
 }
 
-void matmul(const QuantizedWeight& w, const Matrix& x, Compute compute, const void* bias,
-            const Output& out) {
-  const Product product{&w, bias, out};
-  matmul_many(&product, 1, x, compute);
-}
-
 }  // namespace mkrs::cpu
