@@ -4,6 +4,7 @@ Importing this package registers the ops ``torch.ops.mkrs.*``.
 """
 
 from . import ops
+from .checkpoint import open_checkpoint, save_checkpoint
 from .format import FORMAT_VERSION, QuantFormat
 from .nn import QuantizedEmbedding, QuantizedLinear
 from .quantize_ import QuantizeReport, dequantize_, quantize_
@@ -21,6 +22,8 @@ __all__ = [
     "QuantizedTensor",
     "__version__",
     "dequantize_",
+    "open_checkpoint",
     "ops",
     "quantize_",
+    "save_checkpoint",
 ]
