@@ -5,6 +5,21 @@ Importing this package registers the ops ``torch.ops.mkrs.*``.
 
 from . import ops
 from .format import FORMAT_VERSION, QuantFormat
+from .nn import QuantizedEmbedding, QuantizedLinear
+from .quantize_ import QuantizeConfig, QuantizeReport, dequantize_, quantize_
+from .tensor import QuantizedTensor
 from .version import __version__
 
-__all__ = ["FORMAT_VERSION", "QuantFormat", "__version__", "ops"]
+__all__ = [
+    "FORMAT_VERSION",
+    "QuantFormat",
+    "QuantizeConfig",
+    "QuantizeReport",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedTensor",
+    "__version__",
+    "dequantize_",
+    "ops",
+    "quantize_",
+]

@@ -1,0 +1,65 @@
+# Two commands on a fresh machine do everything:
+#   make demo    environment, build, a real model on 4-bit weights
+#   make test    environment, build, tests, lint and type checks
+#
+# PYTHON chooses the interpreter the environment is made from; TORCH what pip installs first (on
+# Linux machines without a GPU a CPU build saves gigabytes: TORCH="torch==2.13.0 --index-url ...").
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+# The extension is built against the torch in the environment, never against another one.
+INSTALL := $(PIP) install --no-build-isolation
+JOBS ?= 2
+export MAX_JOBS ?= $(JOBS)
+
+.PHONY: demo test lint format types pytest build clean help
+.DEFAULT_GOAL := help
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install $(TORCH)
+	$(PIP) install "setuptools>=77" wheel ninja
+	@touch $@
+
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/*/*.mm csrc/*/*.cu csrc/*/*.cuh mps_kernels/*)
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(NATIVE)
+	$(INSTALL) -e ".[demo]"
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(NATIVE)
+	$(INSTALL) -e ".[demo,test]"
+	@touch $@
+
+build: $(VENV)/demo.stamp ## the environment and the extension, in place
+
+demo: $(VENV)/demo.stamp ## a real model from a GGUF file answers a prompt on 4-bit weights
+	$(BIN)/mkrs demo $(ARGS)
+
+test: $(VENV)/test.stamp lint types pytest ## everything: lint, types, the whole test suite
+
+lint: $(VENV)/test.stamp ## ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: $(VENV)/test.stamp ## mypy
+	$(BIN)/mypy
+
+pytest: $(VENV)/test.stamp ## the test suite; ARGS go to pytest
+	$(BIN)/python -m pytest --cov=mergekit_torch --cov-report=term $(ARGS)
+
+format: $(VENV)/test.stamp ## rewrite sources in the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.mm' | xargs $(BIN)/clang-format -i
+
+clean: ## remove the environment, build products and caches
+	rm -rf $(VENV) build dist .cache *.egg-info mergekit_torch/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,647 @@
+"""Opening checkpoints: :func:`open_checkpoint` and :class:`Checkpoint`."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, GgufLayout, gguf_unpack
+
+from .errors import CheckpointError
+from .gguf_header import GgufTensor, parse_gguf
+from .info import SAFETENSORS_DTYPES, QuantInfo, TensorInfo
+from .mapped_file import MappedFile
+from .native import PREFIX, parse_native
+from .safetensors_header import StoredTensor, header_length, load_json, parse_header
+
+__all__ = ["Checkpoint", "TensorSlice", "open_checkpoint"]
+
+_INDEX_SUFFIX = ".index.json"
+_MAX_INDEX = 200_000_000
+_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+# GGUF types that are a torch dtype as they are.
+_GGUF_PLAIN: dict[int, torch.dtype] = {
+    0: torch.float32,
+    1: torch.float16,
+    24: torch.int8,
+    25: torch.int16,
+    26: torch.int32,
+    27: torch.int64,
+    28: torch.float64,
+    30: torch.bfloat16,
+}
+
+
+class _Entry(NamedTuple):
+    """One listed tensor; kept small, a large model has tens of thousands."""
+
+    name: str
+    file: MappedFile
+    # Of natively quantized weights: component -> where it is.
+    stored: StoredTensor | GgufTensor | dict[str, StoredTensor]
+    shape: tuple[int, ...]
+    quantization: QuantInfo | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As :attr:`TensorInfo.dtype`."""
+        if self.quantization is not None:
+            return self.quantization.dtype
+        if isinstance(self.stored, GgufTensor):
+            return _GGUF_PLAIN.get(self.stored.type)
+        assert isinstance(self.stored, StoredTensor)
+        return SAFETENSORS_DTYPES.get(self.stored.code)
+
+    @property
+    def info(self) -> TensorInfo:
+        """All that is known of it."""
+        path, stored = self.file.path, self.stored
+        if isinstance(stored, dict):
+            parts = tuple(
+                _Entry(f"{self.name}_{part}", self.file, where, where.shape).info
+                for part, where in stored.items()
+            )
+            kind, begin, nbytes = "quantized", parts[0].offset, sum(part.nbytes for part in parts)
+        else:
+            parts = ()
+            kind = stored.type_name if isinstance(stored, GgufTensor) else stored.code
+            begin, nbytes = stored.begin, stored.end - stored.begin
+        return TensorInfo(
+            self.name, kind, self.dtype, self.shape, nbytes, path, begin, self.quantization, parts
+        )
+
+
+class Checkpoint(Mapping[str, Any]):
+    """A read-only mapping of names to tensors that are views onto the mapped files.
+
+    ``checkpoint[name]`` is a :class:`torch.Tensor`, or a :class:`mergekit_torch.QuantizedTensor`
+    for weights quantized natively or by GGUF. Natively quantized weights are listed under their
+    logical name; their components are folded into one tensor.
+
+    * Tensors of safetensors files and unquantized GGUF tensors are zero-copy views; one whose data
+      is not aligned to its elements is copied instead. Quantized GGUF tensors are converted at
+      every access, without loss; keep what you need.
+    * Each tensor has a storage of its own, so saving or sharing one does not drag the file along.
+    * The map is copy-on-write: writing into a tensor changes neither the file nor other processes.
+    * A tensor keeps the map alive; closing the checkpoint does not invalidate it.
+
+    Raises (on access):
+        KeyError: no such tensor.
+        CheckpointError: the file was replaced, truncated, changed or removed since it was opened,
+            or the checkpoint is closed.
+        NotImplementedError: a tensor type without a native form, named in the message.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        format: str,
+        entries: dict[str, _Entry],
+        files: list[MappedFile],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.path = path
+        #: ``"safetensors"`` or ``"gguf"``.
+        self.format = format
+        #: The file's own metadata: strings for safetensors, the key-value pairs for GGUF.
+        self.metadata = metadata
+        self._entries = entries
+        self._files = files
+
+    def __getitem__(self, name: str) -> Any:
+        entry = self._entry(name)
+        if entry.quantization is None:
+            return _plain(entry)
+        return self._quantized(entry, self._components(entry))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor.
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self)} tensors)"
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files. Tensors already taken stay valid; further access raises."""
+        for file in self._files:
+            file.close()
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return [file.path for file in self._files]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data stored, headers excluded."""
+        return sum(entry.info.nbytes for entry in self._entries.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """What is known of a tensor without reading it.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return self._entry(name).info
+
+    def components(self, name: str) -> tuple[dict[str, Tensor], QuantInfo]:
+        """The components of a quantized weight, without wrapping them.
+
+        Returns:
+            ``{"codes", "scale"}`` and ``"zero_point"`` or ``"offset"`` as the scheme has it, and
+            the parameters. Zero-copy for native files, converted for GGUF.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: the tensor is not quantized.
+        """
+        entry = self._entry(name)
+        if entry.quantization is None:
+            _refuse_codebook(entry)
+            raise ValueError(
+                f"{entry.file.path}: tensor {name!r} must be quantized to have components, "
+                f"got plain {entry.info.kind}"
+            )
+        return self._components(entry), entry.quantization
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """A handle whose indexing reads only the bytes it needs: ``get_slice(name)[a:b, c:d]``.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        return TensorSlice(self, self._entry(name))
+
+    def stored_items(self) -> Iterator[tuple[str, Tensor]]:
+        """Plain tensors one at a time, quantized weights as their components.
+
+        Names are those of a state dict (``T_codes``, ``T_scale``, ``T_zero_point`` or
+        ``T_offset``), for GGUF files as well. Only the tensor in flight is held here.
+        """
+        for name, entry in self._entries.items():
+            if entry.quantization is None:
+                yield name, _plain(entry)
+            else:
+                for part, tensor in self._components(entry).items():
+                    yield f"{name}_{part}", tensor
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise KeyError(f"{self.path}: there is no tensor {name!r}") from None
+
+    def _components(
+        self, entry: _Entry, rows: slice | None = None, columns: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Components, of some rows and a block-aligned range of columns for GGUF types."""
+        if isinstance(entry.stored, GgufTensor):
+            return _gguf_components(entry, entry.stored, rows, columns)
+        assert isinstance(entry.stored, dict)
+        return {
+            part: _view(entry.file, stored, SAFETENSORS_DTYPES[stored.code])
+            for part, stored in entry.stored.items()
+        }
+
+    def _quantized(
+        self, entry: _Entry, parts: dict[str, Tensor], in_features: int | None = None
+    ) -> Any:
+        # Imported late: tensor depends on the ops, and plain files need neither.
+        from mergekit_torch.tensor import QuantizedTensor
+
+        info = entry.quantization
+        assert info is not None
+        return QuantizedTensor(
+            parts["codes"],
+            parts["scale"],
+            parts.get("zero_point"),
+            parts.get("offset"),
+            bits=info.bits,
+            group_size=info.group_size,
+            in_features=info.in_features if in_features is None else in_features,
+            dtype=info.dtype,
+        )
+
+
+class TensorSlice:
+    """One tensor of a checkpoint, to be read in part; see :meth:`Checkpoint.get_slice`.
+
+    Attributes:
+        shape: logical shape.
+        dtype: torch dtype, of the dequantized form if quantized.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, entry: _Entry) -> None:
+        self._checkpoint = checkpoint
+        self._tensor = entry
+        self.shape = entry.shape
+        self.dtype = entry.dtype
+
+    def __repr__(self) -> str:
+        return f"TensorSlice({self._tensor.info.name!r}, shape={list(self.shape)})"
+
+    def __getitem__(self, index: Any) -> Any:
+        """Basic indexing: integers, slices with positive step, ``...``.
+
+        Rows of a quantized weight can be cut anywhere, columns at group boundaries (see
+        ``QuantizedTensor``). Of a quantized GGUF tensor only the rows, and only the blocks of the
+        columns asked for, are converted.
+
+        Raises:
+            TypeError: another kind of index.
+            IndexError: out of range, or more indices than dimensions.
+        """
+        entry = self._tensor
+        parts = _expand(index, self.shape)
+        if entry.quantization is None:
+            return _plain(entry, parts)
+        if isinstance(entry.stored, GgufTensor):
+            return self._gguf(entry, parts)
+        tensor = self._checkpoint[entry.name]
+        return tensor[tuple(parts)]
+
+    def _gguf(self, entry: _Entry, parts: list[int | slice]) -> Any:
+        layout = GGUF_LAYOUTS[entry.stored.type]  # type: ignore[union-attr]
+        rows, columns = parts[0], parts[-1]
+        k = self.shape[-1]
+        inner: list[int | slice] = list(parts)
+        begin, end = 0, k
+        if isinstance(columns, slice):
+            first, last, step = columns.indices(k)
+            if last > first:
+                begin = first // layout.block * layout.block
+                end = min(-(-last // layout.block) * layout.block, k)
+            inner[-1] = slice(first - begin, max(last, first) - begin, step)
+        whole: slice | None = None
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            first, last, _ = rows.indices(self.shape[0])
+            whole = slice(first, max(first, last))
+            inner[0] = slice(None)
+        elif isinstance(rows, int):
+            whole = slice(rows, rows + 1)
+            inner[0] = 0
+        components = self._checkpoint._components(entry, whole, (begin, end))
+        tensor = self._checkpoint._quantized(entry, components, end - begin)
+        if inner[-1] == slice(0, end - begin, 1):
+            inner[-1] = slice(None)
+        return tensor if all(part == slice(None) for part in inner) else tensor[tuple(inner)]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+        path: a ``.safetensors`` file; a ``.gguf`` file (of a split one any part, all are opened);
+            an ``*.index.json``; or a directory that holds one of these. What a file is, its first
+            bytes decide, not its name.
+        dtype: float32, float16 or bfloat16 that quantized weights dequantize to. None: what the
+            file says, else float32.
+
+    Raises:
+        FileNotFoundError: the path, or a shard that an index or a split file needs, is not there.
+        CheckpointError: a malformed or inconsistent header; nothing has been mapped then.
+        ValueError: dtype is not one of the three.
+    """
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or None, got {dtype}")
+    where = Path(path)
+    if where.is_dir():
+        where = _find(where)
+    elif not where.exists():
+        raise FileNotFoundError(f"{where}: no such file or directory")
+    with _without_gc():
+        checkpoint = _open(where, dtype)
+    checkpoint.path = Path(path)
+    return checkpoint
+
+
+def _open(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _open_index(path, dtype)
+    file = MappedFile(path)
+    magic = file.read(0, min(4, file.size))
+    if magic == b"GGUF":
+        return _open_gguf(file, dtype)
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: GGUF header: must start with b'GGUF', got {magic!r}")
+    return _open_safetensors([(file, None)], path, dtype)
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Parsing makes thousands of short-lived containers; a collection started by them would walk
+    all of torch's objects, which takes ten times as long as opening.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _find(directory: Path) -> Path:
+    """The one checkpoint in a directory."""
+    for name in ("model.safetensors" + _INDEX_SUFFIX, "model.safetensors"):
+        if (directory / name).exists():
+            return directory / name
+    names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    candidates = [name for name in names if name.endswith(".safetensors" + _INDEX_SUFFIX)]
+    if not candidates:
+        candidates = [name for name in names if name.endswith(".safetensors")]
+        sharded = [name for name in candidates if re.search(r"-\d{5}-of-\d{5}\.", name)]
+        if sharded:
+            raise FileNotFoundError(
+                f"{directory}: holds the shard {sharded[0]} and no *.safetensors{_INDEX_SUFFIX} "
+                "that says what belongs together"
+            )
+    if not candidates:
+        candidates = [name for name in names if name.endswith(".gguf")]
+        splits = [match for match in map(_SPLIT.fullmatch, candidates) if match]
+        if len(splits) == len(candidates) and len({(m["stem"], m["count"]) for m in splits}) == 1:
+            candidates = candidates[:1]
+    if not candidates:
+        raise FileNotFoundError(f"{directory}: holds no .safetensors or .gguf file")
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{directory}: must hold one checkpoint, got {', '.join(candidates[:5])}"
+            f"{' ...' if len(candidates) > 5 else ''}; give the path of one of them"
+        )
+    return directory / candidates[0]
+
+
+def _open_index(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+    """Hugging Face's index: ``{"metadata": …, "weight_map": {tensor name: file name}}``."""
+
+    def fail(what: str) -> NoReturn:
+        raise CheckpointError(f"{path}: {what}")
+
+    file = MappedFile(path)
+    if file.size > _MAX_INDEX:
+        fail(f"an index must be at most {_MAX_INDEX} bytes, got {file.size}")
+    index = load_json(file.read(0, file.size), fail)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        fail("must be a JSON object whose weight_map maps tensor names to file names")
+    listed: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        # Only files beside the index: an index from elsewhere must not reach into the file system.
+        if not shard or shard in (".", "..") or re.search(r"[/\\\0]", shard):
+            fail(f"tensor {name!r} must be in a file of the same directory, got {shard!r:.80}")
+        listed.setdefault(shard, set()).add(name)
+    shards: list[tuple[MappedFile, set[str] | None]] = []
+    for shard, names in sorted(listed.items()):
+        try:
+            shards.append((MappedFile(path.with_name(shard)), names))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path.with_name(shard)}: this shard is missing; {path.name} needs it for "
+                f"{len(names)} tensors, such as {min(names)!r}"
+            ) from None
+    return _open_safetensors(shards, path, dtype)
+
+
+def _open_safetensors(
+    shards: list[tuple[MappedFile, set[str] | None]], path: Path, dtype: torch.dtype | None
+) -> Checkpoint:
+    """Files with the stored names to list from each; None lists all."""
+    entries: dict[str, _Entry] = {}
+    metadata: dict[str, str] = {}
+    for file, names in shards:
+        length = header_length(file.read(0, min(8, file.size)), file.size, file.path)
+        stored, strings = parse_header(file.read(8, length), file.size, file.path)
+        if names is not None:
+            for name in sorted(names - stored.keys()):
+                raise CheckpointError(
+                    f"{file.path}: tensor {name!r} is not in this shard, and {path.name} lists it "
+                    "there"
+                )
+            stored = {name: tensor for name, tensor in stored.items() if name in names}
+        quantized = parse_native(stored, strings, file.path)
+        for key, value in strings.items():
+            if not key.startswith(PREFIX):
+                metadata.setdefault(key, value)
+        owner = {part: name for name, (_, _, parts) in quantized.items() for part in parts.values()}
+        for name, tensor in stored.items():
+            logical = owner.get(name)
+            if logical is None:
+                entry = _Entry(name, file, tensor, tensor.shape)
+            elif logical in entries and entries[logical].file is file:
+                continue
+            else:
+                info, shape, parts = quantized[logical]
+                if dtype is not None:
+                    info = replace(info, dtype=dtype)
+                where = {part: stored[key] for part, key in parts.items()}
+                entry = _Entry(logical, file, where, shape, info)
+            if entry.name in entries:
+                raise CheckpointError(
+                    f"{path}: tensor {entry.name!r} must be in one shard, got "
+                    f"{entries[entry.name].file.path.name} and {file.path.name}"
+                )
+            entries[entry.name] = entry
+    return Checkpoint(path, "safetensors", entries, [file for file, _ in shards], metadata)
+
+
+def _open_gguf(file: MappedFile, dtype: torch.dtype | None) -> Checkpoint:
+    files = _split_files(file)
+    entries: dict[str, _Entry] = {}
+    metadata: Mapping[str, Any] = {}
+    for number, part in enumerate(files):
+        header = parse_gguf(part.map(), part.path, part.map)
+        if number == 0:
+            metadata = header.metadata
+        count = header.metadata.get("split.count", 1)
+        if count != len(files) and not (count == 0 and len(files) == 1):
+            raise CheckpointError(
+                f"{part.path}: split.count must be the {len(files)} in the file's name, "
+                f"got {count!r:.80}; a split file must keep the name it was made with"
+            )
+        if len(files) > 1 and header.metadata.get("split.no") != number:
+            raise CheckpointError(
+                f"{part.path}: split.no must be {number}, "
+                f"got {header.metadata.get('split.no')!r:.80}; the parts are mixed up"
+            )
+        for name, tensor in header.tensors.items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{part.path}: tensor {name!r} is also in {entries[name].file.path.name}"
+                )
+            entries[name] = _gguf_entry(name, tensor, part, dtype)
+    total = metadata.get("split.tensors.count")
+    if len(files) > 1 and total is not None and total != len(entries):
+        raise CheckpointError(
+            f"{file.path}: the parts must hold {total!r:.80} tensors, got {len(entries)}"
+        )
+    return Checkpoint(file.path, "gguf", entries, files, metadata)
+
+
+def _split_files(file: MappedFile) -> list[MappedFile]:
+    """All parts of a split file, in order."""
+    match = _SPLIT.fullmatch(file.path.name)
+    if match is None:
+        return [file]
+    count = int(match["count"])
+    if not 1 <= int(match["number"]) <= count:
+        raise CheckpointError(f"{file.path}: its name must number a part from 1 to {count}")
+    files = []
+    for number in range(1, count + 1):
+        name = f"{match['stem']}-{number:05d}-of-{count:05d}.gguf"
+        try:
+            files.append(MappedFile(file.path.with_name(name)))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{file.path.with_name(name)}: this part of the split checkpoint is missing"
+            ) from None
+    return files
+
+
+def _gguf_entry(
+    name: str, tensor: GgufTensor, file: MappedFile, dtype: torch.dtype | None
+) -> _Entry:
+    layout = GGUF_LAYOUTS.get(tensor.type)
+    quantization = None
+    if layout is not None and len(tensor.shape) >= 2:
+        quantization = QuantInfo(
+            bits=layout.bits,
+            group_size=layout.group_size,
+            scheme=layout.scheme,
+            in_features=tensor.shape[-1],
+            scale_dtype=layout.scale_dtype,
+            dtype=dtype or torch.float32,
+        )
+    return _Entry(name, file, tensor, tensor.shape, quantization)
+
+
+def _refuse_codebook(entry: _Entry) -> None:
+    """Raise for a tensor that is neither a torch dtype nor convertible, naming its type."""
+    info = entry.info
+    if info.dtype is not None or info.quantization is not None:
+        return
+    if isinstance(entry.stored, GgufTensor):
+        if entry.stored.type in GGUF_LAYOUTS:
+            reason = f"{info.kind} of {len(info.shape)} dimension(s) has no rows to quantize along"
+            advice = "only weights of two or more dimensions are stored in this type"
+        else:
+            names = ", ".join(layout.name for layout in GGUF_LAYOUTS.values())
+            reason = f"GGUF type {info.kind} has no native form (it is not scale * q + offset)"
+            advice = f"convertible are {names} and F32, F16, BF16, F64, I8 to I64"
+    else:
+        reason = f"torch has no dtype for safetensors {info.kind}"
+        advice = "convert the file to another dtype"
+    raise NotImplementedError(f"{info.file}: tensor {info.name!r}: {reason}; {advice}")
+
+
+def _plain(entry: _Entry, index: list[int | slice] | None = None) -> Tensor:
+    _refuse_codebook(entry)
+    assert not isinstance(entry.stored, dict)
+    assert entry.dtype is not None
+    return _view(entry.file, entry.stored, entry.dtype, index)
+
+
+def _view(
+    file: MappedFile,
+    stored: StoredTensor | GgufTensor,
+    dtype: torch.dtype,
+    index: list[int | slice] | None = None,
+) -> Tensor:
+    """The stored bytes as a tensor, indexed; copied only if they are not aligned to ``dtype``."""
+    file.check()
+    raw = file.view(stored.begin, stored.end - stored.begin)
+    if raw.data_ptr() % dtype.itemsize == 0:
+        tensor = raw.view(dtype).view(stored.shape)
+        return tensor[tuple(index)] if index is not None else tensor
+    # Index the bytes, so that only those asked for are read and copied.
+    tensor = raw.view(*stored.shape, dtype.itemsize)
+    if index is not None:
+        tensor = tensor[tuple(index)]
+    return tensor.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
+
+
+def _gguf_components(
+    entry: _Entry,
+    stored: GgufTensor,
+    rows: slice | None = None,
+    columns: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """Native components of the given leading indices and of a block-aligned range of columns."""
+    layout: GgufLayout = GGUF_LAYOUTS[stored.type]
+    entry.file.check()
+    *leading, k = stored.shape
+    row_bytes = k // layout.block * layout.block_bytes
+    blocks = entry.file.view(stored.begin, stored.end - stored.begin).view(*leading, row_bytes)
+    if rows is not None:
+        blocks = blocks[rows]
+        leading = list(blocks.shape[:-1])
+    count = 1
+    for size in leading:
+        count *= size
+    blocks = blocks.reshape(count, row_bytes)
+    if columns is not None:
+        begin, end = (edge // layout.block * layout.block_bytes for edge in columns)
+        blocks, k = blocks[:, begin:end], columns[1] - columns[0]
+    codes, scale, zero = gguf_unpack(blocks, stored.type, count, k)
+    parts = {"codes": codes.view(*leading, k * layout.bits // 8)}
+    groups = k // layout.group_size
+    parts["scale"] = scale.view(*leading, groups)
+    if layout.scheme == "affine":
+        parts["offset"] = zero.view(*leading, groups)
+    return parts
+
+
+def _expand(index: Any, shape: tuple[int, ...]) -> list[int | slice]:
+    """One integer (made positive) or slice per dimension."""
+    given = list(index) if isinstance(index, tuple) else [index]
+    if sum(part is Ellipsis for part in given) > 1:
+        raise IndexError("an index must have at most one ellipsis, got more")
+    if Ellipsis not in [part for part in given if part is Ellipsis]:
+        given.append(Ellipsis)
+    position = next(i for i, part in enumerate(given) if part is Ellipsis)
+    missing = len(shape) - (len(given) - 1)
+    if missing < 0:
+        raise IndexError(f"the tensor has {len(shape)} dimensions, got {len(given) - 1} indices")
+    given[position : position + 1] = [slice(None)] * missing
+    result: list[int | slice] = []
+    for dim, (part, size) in enumerate(zip(given, shape, strict=True)):
+        if isinstance(part, slice):
+            if part.step is not None and part.step < 1:
+                raise ValueError(f"a slice must have a positive step, got {part.step}")
+            result.append(part)
+        elif isinstance(part, int) and not isinstance(part, bool):
+            if not -size <= part < size:
+                raise IndexError(f"index {part} is out of range for dimension {dim} of size {size}")
+            result.append(part % size)
+        else:
+            raise TypeError(f"an index must be an integer, slice or ..., got {type(part).__name__}")
+    return result

@@ -1,0 +1,1 @@
+"""The ``mkrs`` command."""

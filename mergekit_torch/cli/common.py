@@ -1,0 +1,116 @@
+"""What the commands share: sizes, tables, progress bars, safe copies of side files."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WIDTH = 100
+"""Tables and help fit this many columns."""
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps examples as they are written and shows defaults."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=WIDTH)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)", "(default: [])" and "(default: False)" tell nobody anything.
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def add_command(
+    commands: Any, name: str, summary: str, examples: str, details: str = ""
+) -> argparse.ArgumentParser:
+    """Add a subcommand with a description and examples in its ``--help``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description="\n\n".join(filter(None, (summary[0].upper() + summary[1:] + ".", details))),
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
+        formatter_class=Formatter,
+    )
+    return parser
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people: ``"1.46 GiB"``, ``"92.1 MiB"``, ``"17 B"``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            value = nbytes / scale
+            return f"{value:.{2 if value < 10 else 1}f} {unit}"
+    return f"{int(nbytes)} B"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as their contents; a first column that is too long is cut in its middle."""
+    cells = [list(headers), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
+    widths[0] = max(12, min(widths[0], WIDTH - rest))
+
+    def line(row: Sequence[str]) -> str:
+        parts = [
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+            for i, cell in enumerate([shorten(row[0], widths[0]), *row[1:]])
+        ]
+        return "  ".join(parts).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def shorten(text: str, width: int) -> str:
+    """``text``, its middle replaced by an ellipsis if it is longer than ``width``."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) * 2 // 3
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def progress_bar(total: int, description: str) -> Any:
+    """A tqdm bar in bytes on stderr, silent when stderr is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse to overwrite a checkpoint unless told to.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a directory that holds weights.
+    """
+    if force:
+        return
+    occupied = path.is_file() or (path.is_dir() and any(path.glob("*.safetensors*")))
+    if occupied:
+        raise FileExistsError(f"{path} already holds a checkpoint; give --force to replace it")
+
+
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "merges.txt", "LICENSE*")
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy what stands beside weights (configuration, tokenizer, license) to another directory."""
+    if not source.is_dir() or not target.is_dir() or source.resolve() == target.resolve():
+        return []
+    copied = []
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not path.name.endswith(".index.json") and path.name not in copied:
+                shutil.copyfile(path, target / path.name)
+                copied.append(path.name)
+    return copied

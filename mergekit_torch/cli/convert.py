@@ -1,0 +1,97 @@
+"""``mkrs convert``: GGUF to native safetensors, without loss."""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import ConvertedCheckpoint, convert_gguf, open_checkpoint
+from .common import add_command, check_output, progress_bar, size_text
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "convert",
+        "turn a GGUF file into native safetensors without loss",
+        """
+mkrs convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+mkrs convert model.gguf model.safetensors --names gguf
+mkrs convert big-00001-of-00004.gguf big --out-shard-size 5GB
+""",
+        details=(
+            "Every quantized weight keeps its exact value: codes are repacked, never requantized.\n"
+            "A directory also gets config.json and, if transformers is installed, the tokenizer."
+        ),
+    )
+    parser.add_argument("source", type=Path, help="GGUF file (of a split one any part)")
+    parser.add_argument("target", type=Path, help="directory, or a .safetensors file")
+    parser.add_argument(
+        "--names",
+        choices=("hf", "gguf"),
+        default="hf",
+        help="Hugging Face tensor names and row order, or the file's own",
+    )
+    parser.add_argument("--out-shard-size", metavar="SIZE", help="split the output, such as 5GB")
+    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument(
+        "--no-tokenizer", action="store_true", help="do not extract the tokenizer into a directory"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, with a progress bar, and say what was written."""
+    check_output(args.target, args.force)
+    started = time.perf_counter()
+    with open_checkpoint(args.source) as checkpoint:
+        total = ConvertedCheckpoint(checkpoint, names=args.names).nbytes
+        with progress_bar(total, "converting") as bar:
+            written = convert_gguf(
+                checkpoint,
+                args.target,
+                names=args.names,
+                max_shard_size=args.out_shard_size,
+                progress=lambda _name, nbytes: bar.update(nbytes),
+            )
+        source_bytes = checkpoint.nbytes
+    seconds = time.perf_counter() - started
+    print(
+        f"{args.target}: {size_text(total)} of tensors from {size_text(source_bytes)} of GGUF in "
+        f"{seconds:.2f} s ({source_bytes / seconds / 1e9:.2f} GB/s)"
+    )
+    if args.target.is_dir() and args.names == "hf" and not args.no_tokenizer:
+        written += extract_tokenizer(args.source, args.target)
+    for path in written:
+        print(f"  {path}")
+    return 0
+
+
+def extract_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Let transformers rebuild the tokenizer that the GGUF file carries.
+
+    Returns the files written; none, with a word on stderr, without transformers.
+    """
+    try:
+        import gguf  # noqa: F401  transformers reads the file through it
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        print(
+            f"mkrs convert: no tokenizer written ({error}); for it: "
+            'pip install "mergekit_torch[demo]"',
+            file=sys.stderr,
+        )
+        return []
+    before = {path.name for path in target.iterdir()}
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    scratch = target / ".tokenizer"
+    try:
+        tokenizer.save_pretrained(str(scratch))
+        for path in sorted(scratch.iterdir()):
+            shutil.move(str(path), target / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return sorted(path for path in target.iterdir() if path.name not in before)

@@ -1,0 +1,83 @@
+"""One model measured in a process of its own, so that its peak memory is its own.
+
+``mkrs demo`` starts this with a JSON request in a file and reads the JSON answer from another.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoint import open_checkpoint
+from ..integrations.transformers import load_native
+from . import generation
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """The resident set now (Linux), else the peak so far."""
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+    except OSError:
+        return peak_bytes()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    """Open, load, compute the prompt's logits and generate."""
+    if request["threads"] is not None:
+        torch.set_num_threads(request["threads"])
+    path, device = Path(request["path"]), torch.device(request["device"])
+    dtype = generation.DTYPES[request["dtype"]]
+    ids = torch.tensor(request["ids"])[None]
+    before = resident_bytes()
+    started = time.perf_counter()
+    with open_checkpoint(path) as checkpoint:
+        opened = time.perf_counter() - started
+        grown = resident_bytes() - before
+        nbytes = checkpoint.nbytes
+        weights = sum(checkpoint.info(name).numel for name in checkpoint)
+        files = [str(file) for file in checkpoint.files]
+    started = time.perf_counter()
+    model = load_native(path, device=device, dtype=dtype)
+    loaded = time.perf_counter() - started
+    result = generation.generate(model, ids, request["max_new_tokens"])
+    peak = peak_bytes()
+    accelerator = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    with torch.inference_mode():
+        logits = model(ids.to(device)).logits[0].float().cpu().numpy()
+    np.save(request["logits"], logits)
+    return {
+        "file_bytes": sum(os.path.getsize(file) for file in files),
+        "bits_per_weight": 8 * nbytes / weights,
+        "open_seconds": opened,
+        "open_bytes": grown,
+        "load_seconds": loaded,
+        "first_seconds": result.first,
+        "rate": result.rate,
+        "peak_bytes": peak - before + accelerator,
+        "tokens": result.tokens,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> int:
+    """Read the request, write the answer."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(measure(request)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

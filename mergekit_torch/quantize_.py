@@ -1,0 +1,522 @@
+"""``quantize_``: replace a model's linear and embedding layers by quantized ones, in place."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .format import FLOAT_DTYPES, PER_ROW, SCALE_DTYPES, Scheme, check_group_size
+from .format import QuantFormat as _QuantFormat
+from .nn import QuantizedEmbedding, QuantizedLinear, QuantizedModule
+from .ops.dequant_matmul import COMPUTE_MODES, Compute
+from .tensor import QuantizedTensor
+
+CONFIG_VERSION = 1
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
+_FORMAT_KEYS = ("bits", "group_size", "scheme", "scale_dtype", "compute")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """What :func:`quantize_` does to which layers.
+
+    Args:
+        version: of this config's meaning; 1.
+        bits: 8, 4 or 2.
+        group_size: 16, 32, 64, 128 or 256; -1 for one group per row.
+        scheme: ``"symmetric"``, ``"asymmetric"`` or ``"affine"``.
+        scale_dtype: dtype of scale and offset (or its name); by default bfloat16 for bfloat16
+            weights and float16 otherwise.
+        compute: ``"exact"`` or ``"int8"``, for linear layers.
+        overrides: module-name glob -> the fields above that differ for those modules. Globs are
+            those of :mod:`fnmatch` (``*`` crosses dots); of several that match, later ones win.
+        skip: module-name globs that stay as they are.
+        linear: whether ``nn.Linear`` layers are quantized.
+        embedding: whether ``nn.Embedding`` layers are quantized.
+
+    Raises:
+        TypeError, ValueError: a field or an override that is not offered; the message names it.
+    """
+
+    version: int = CONFIG_VERSION
+    bits: int = 4
+    group_size: int = 64
+    scheme: Scheme = "affine"
+    scale_dtype: torch.dtype | None = None
+    compute: Compute = "exact"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    linear: bool = True
+    embedding: bool = True
+
+    def __post_init__(self) -> None:
+        if self.version != CONFIG_VERSION:
+            raise ValueError(
+                f"QuantizeConfig version must be {CONFIG_VERSION}, got {self.version!r}; "
+                "a newer mergekit_torch may know it"
+            )
+        if isinstance(self.skip, str):
+            raise TypeError(f"skip must be a sequence of globs, got the string {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        own = _checked_format({name: getattr(self, name) for name in _FORMAT_KEYS}, "config")
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+        checked = {}
+        for pattern, changes in self.overrides.items():
+            unknown = sorted(set(changes) - set(_FORMAT_KEYS))
+            if unknown:
+                raise ValueError(
+                    f"override {pattern!r}: keys must be among {', '.join(_FORMAT_KEYS)}, "
+                    f"got {', '.join(unknown)}"
+                )
+            merged = _checked_format({**own, **changes}, f"override {pattern!r}")
+            checked[pattern] = {name: merged[name] for name in changes}
+        object.__setattr__(self, "overrides", checked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of JSON types; dtypes by name."""
+
+        def plain(value: Any) -> Any:
+            return (
+                str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            )
+
+        result = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        result["overrides"] = {
+            pattern: {name: plain(value) for name, value in changes.items()}
+            for pattern, changes in self.overrides.items()
+        }
+        result["skip"] = list(self.skip)
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizeConfig":
+        """The config of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a newer version, or a key that this version does not know, by name.
+        """
+        version = values.get("version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise ValueError(
+                f"QuantizeConfig version must be {CONFIG_VERSION}, got {version!r}; "
+                "a newer mergekit_torch may know it"
+            )
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"QuantizeConfig: keys must be among {', '.join(known)}, got {', '.join(unknown)}"
+            )
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "QuantizeConfig":
+        """The config of :meth:`to_json`.
+
+        Raises:
+            ValueError: text that is not a JSON object, or what :meth:`from_dict` refuses.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"QuantizeConfig: JSON must be an object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def for_module(self, name: str) -> dict[str, Any]:
+        """The format fields that hold for the module ``name``."""
+        chosen = {key: getattr(self, key) for key in _FORMAT_KEYS}
+        for pattern, changes in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                chosen.update(changes)
+        return chosen
+
+    def skips(self, name: str) -> bool:
+        """Whether the module ``name`` stays as it is."""
+        return any(fnmatchcase(name, pattern) for pattern in self.skip)
+
+
+def _checked_format(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """``values`` with dtypes resolved from names; ValueError or TypeError names ``where``."""
+    try:
+        _QuantFormat(values["bits"], values["group_size"], values["scheme"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    dtype = values["scale_dtype"]
+    if isinstance(dtype, str):
+        dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype)
+    if dtype is not None and dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"{where}: scale_dtype must be float32, float16 or bfloat16, got {dtype!r}"
+        )
+    if values["compute"] not in COMPUTE_MODES:
+        raise ValueError(
+            f"{where}: compute must be 'exact' or 'int8', got {values['compute']!r}"
+        )
+    return {**values, "scale_dtype": dtype}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One weight that was quantized. Bytes count shared memory once; bias is not counted."""
+
+    names: tuple[str, ...]
+    """Modules that hold it: one, or several that are tied."""
+    shape: tuple[int, ...]
+    bits: int
+    group_size: int
+    scheme: str
+    scale_dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class KeptReport:
+    """One floating parameter with at least two dimensions that stays as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What :func:`quantize_` did; ``print`` it for a table."""
+
+    layers: tuple[LayerReport, ...]
+    kept: tuple[KeptReport, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the quantized weights as they were, and of those that were kept."""
+        return sum(x.bytes_before for x in self.layers) + sum(x.bytes for x in self.kept)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the same weights now."""
+        return sum(x.bytes_after for x in self.layers) + sum(x.bytes for x in self.kept)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element of the quantized weights."""
+        elements = sum(_numel(layer.shape) for layer in self.layers)
+        return 8 * sum(layer.bytes_after for layer in self.layers) / max(1, elements)
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "format", "before", "after")]
+        for x in self.layers:
+            form = f"{x.bits}-bit {x.scheme} g{x.group_size}"
+            rows.append(
+                (
+                    " = ".join(x.names),
+                    "x".join(map(str, x.shape)),
+                    form,
+                    _size(x.bytes_before),
+                    _size(x.bytes_after),
+                )
+            )
+        for y in self.kept:
+            shape = "x".join(map(str, y.shape))
+            rows.append((y.name, shape, f"kept: {y.reason}", _size(y.bytes), _size(y.bytes)))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines.append(
+            f"{len(self.layers)} weights quantized, {self.bits_per_weight:.2f} bits per weight; "
+            f"{_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+        )
+        return "\n".join(lines)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+@dataclass
+class _Group:
+    """One weight and the modules that hold it."""
+
+    weight: nn.Parameter
+    names: list[str]
+    format: dict[str, Any]
+
+
+def quantize_(
+    model: nn.Module, config: QuantizeConfig | None = None, *, progress: bool = False
+) -> QuantizeReport:
+    """Quantize the weights of ``model``'s linear and embedding layers, in place.
+
+    No layer is skipped for its shape. Weights go one at a time and each old one is freed before
+    the next, so the peak is the model plus one quantized weight. Modules that share a weight share
+    the quantized one. Everything is checked before the first module is touched: when this raises,
+    the model is as it was.
+
+    Args:
+        model: its ``nn.Linear`` and ``nn.Embedding`` submodules are replaced; not itself one.
+            On the meta device only modules are replaced, ready to load quantized weights.
+        config: what to do; 4-bit affine groups of 64 by default.
+        progress: show a progress bar.
+
+    Returns:
+        What was quantized, and which other weights stay as they are and why.
+
+    Raises:
+        TypeError: ``model`` is itself a layer, or a weight's dtype is not float32, float16 or
+            bfloat16.
+        ValueError: a glob that matches no layer, tied layers with different treatment, or a weight
+            with inf or NaN or beyond the range of ``scale_dtype``; the message names it.
+    """
+    config = QuantizeConfig() if config is None else config
+    if isinstance(model, (nn.Linear, nn.Embedding)):
+        raise TypeError(
+            f"model must contain layers, got a {type(model).__name__} itself; "
+            "use QuantizedLinear.from_linear or QuantizedEmbedding.from_embedding"
+        )
+    groups, reasons = _plan(model, config)
+    kept = _kept(model, groups, reasons)
+    for group in groups:
+        _check_values(group)
+
+    layers = []
+    for group in _progress(groups, progress):
+        layers.append(_replace(model, group))
+    return QuantizeReport(tuple(layers), kept)
+
+
+def _progress(groups: list[_Group], show: bool) -> Iterator[_Group]:
+    """The groups, each dropped from the list as it is handed out, so that it can be freed."""
+    bar = None
+    if show:
+        from tqdm import tqdm
+
+        bar = tqdm(total=sum(g.weight.nbytes for g in groups), unit="B", unit_scale=True)
+    groups.reverse()
+    try:
+        while groups:
+            size = groups[-1].weight.nbytes
+            yield groups.pop()
+            if bar is not None:
+                bar.update(size)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _unsuitable(module: nn.Module) -> str | None:
+    """Why a linear or embedding layer cannot be replaced, if so; never its shape."""
+    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its parent reads the weight itself"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrized"
+    if type(module).forward is not kind.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if "forward" in module.__dict__:
+        return "forward is replaced on the instance"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm changes the weight in forward"
+    return None
+
+
+def _plan(model: nn.Module, config: QuantizeConfig) -> tuple[list[_Group], dict[str, str]]:
+    """Weights to quantize, and by module name why other layers are not."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+    }
+    for pattern in (*config.overrides, *config.skip):
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"glob {pattern!r} matches none of the {len(layers)} linear and embedding layers"
+                + (f", such as {next(iter(layers))!r}" if layers else "")
+            )
+    reasons: dict[str, str] = {}
+    by_weight: dict[int, _Group] = {}
+    for name, module in layers.items():
+        wanted = config.linear if isinstance(module, nn.Linear) else config.embedding
+        reason = (
+            "skipped by the config" if config.skips(name) or not wanted else _unsuitable(module)
+        )
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        chosen = config.for_module(name)
+        weight = module.weight
+        if weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}.weight must be float32, float16 or bfloat16, got {weight.dtype}"
+            )
+        in_features = weight.shape[-1]
+        if chosen["group_size"] == PER_ROW:
+            chosen["group_size"] = max(1, in_features)
+        check_group_size(chosen["group_size"], in_features)
+        group = by_weight.setdefault(id(weight), _Group(weight, [], chosen))
+        if group.format != chosen:
+            raise ValueError(
+                f"{group.names[0]} and {name} share one weight and need one format, got "
+                f"{group.format} and {chosen}"
+            )
+        group.names.append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, attribute = name.rpartition(".")
+        shared = by_weight.get(id(parameter))
+        if shared is not None and (owner not in shared.names or attribute != "weight"):
+            raise ValueError(
+                f"{name} is the weight of {shared.names[0]} as well, but stays as it is "
+                f"({reasons.get(owner, 'not a linear or embedding layer')}); "
+                "skip both or neither"
+            )
+    return list(by_weight.values()), reasons
+
+
+def _kept(
+    model: nn.Module, groups: list[_Group], reasons: dict[str, str]
+) -> tuple[KeptReport, ...]:
+    taken = {id(group.weight) for group in groups}
+    kept = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in taken or parameter.dim() < 2 or not parameter.is_floating_point():
+            continue
+        owner = name.rpartition(".")[0]
+        other = f"{type(model.get_submodule(owner)).__name__} is not a linear or embedding layer"
+        reason = reasons.get(owner, other)
+        kept.append(KeptReport(name, tuple(parameter.shape), parameter.nbytes, reason))
+    return tuple(kept)
+
+
+def _check_values(group: _Group) -> None:
+    """Refuse what quantizing would refuse, before anything is changed."""
+    weight = group.weight.detach()
+    if weight.is_meta or weight.numel() == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(weight))
+    # NaN and inf come through aminmax.
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise ValueError(f"{group.names[0]}.weight must be finite, got inf or NaN")
+    scale_dtype = group.format["scale_dtype"]
+    limit = torch.finfo(scale_dtype or torch.float16).max
+    # Scales and offsets are at most the range of the weight: only beyond it is a trial needed.
+    if high - low > limit or max(-low, high) > limit:
+        _quantized(group)
+
+
+def _quantized(group: _Group) -> QuantizedTensor:
+    chosen = {key: group.format[key] for key in ("bits", "group_size", "scheme", "scale_dtype")}
+    try:
+        return QuantizedTensor.from_float(group.weight.detach(), **chosen)
+    except ValueError as error:
+        raise ValueError(f"{group.names[0]}.weight: {error}") from error
+
+
+def _replace(model: nn.Module, group: _Group) -> LayerReport:
+    weight = _quantized(group)
+    before = group.weight.nbytes
+    replaced: dict[int, nn.Module] = {}
+    for name in group.names:
+        old = model.get_submodule(name)
+        new = replaced.get(id(old))
+        if new is None:
+            if isinstance(old, nn.Linear):
+                new = QuantizedLinear.from_quantized(
+                    weight, old.bias, compute=group.format["compute"]
+                )
+            else:
+                assert isinstance(old, nn.Embedding)
+                new = QuantizedEmbedding.from_quantized(weight, old.padding_idx)
+            _carry_over(old, new)
+            replaced[id(old)] = new
+        model.set_submodule(name, new)
+    return LayerReport(
+        names=tuple(group.names),
+        shape=tuple(weight.shape),
+        bits=weight.bits,
+        group_size=weight.group_size,
+        scheme=weight.scheme,
+        scale_dtype=weight.scale.dtype,
+        bytes_before=before,
+        bytes_after=weight.nbytes,
+    )
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Training mode and hooks of the replaced module."""
+    new.train(old.training)
+    for name in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ):
+        getattr(new, name).update(getattr(old, name))
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Replace quantized layers by dense ``nn.Linear`` and ``nn.Embedding``, in place.
+
+    Modules that shared quantized buffers share one dense weight.
+
+    Args:
+        model: the model; not itself a quantized layer.
+        dtype: float32, float16 or bfloat16; by default each module's own.
+
+    Returns:
+        Names of the modules that were replaced.
+
+    Raises:
+        TypeError: ``model`` is itself a quantized layer, or ``dtype`` is not offered.
+    """
+    if isinstance(model, QuantizedModule):
+        raise TypeError("model must contain layers; use to_linear() or to_embedding() on this one")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    replaced: dict[int, nn.Module] = {}
+    weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    codes: list[Tensor] = []  # keeps ids unique while they are keys
+    names = []
+    for name, old in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(old, (QuantizedLinear, QuantizedEmbedding)):
+            continue
+        new = replaced.get(id(old))
+        if new is None:
+            key = (id(old.weight_codes), dtype or old.dtype)
+            codes.append(old.weight_codes)
+            shared = weights.get(key)
+            new = old.to_linear(dtype) if isinstance(old, QuantizedLinear) else old.to_embedding(dtype)
+            assert isinstance(new.weight, nn.Parameter)
+            if shared is not None:
+                new.weight = shared
+            weights[key] = new.weight
+            _carry_over(old, new)
+            replaced[id(old)] = new
+        model.set_submodule(name, new)
+        names.append(name)
+    return names
