@@ -24,7 +24,7 @@ Strategy = Literal["pooled", "bump", "none"]
 
 
 class BudgetError(MemoryError):
-    """A request does not fit a byte budget; the message has the numbers. Nothing was freed for it."""
+    """A request does not fit a byte budget; the message has the numbers."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class Arena:
 
     On the CPU memory comes from the arena's own pool: 64-byte aligned, whole pages from one page on
     (16 KiB where pages are), huge pages where the system offers them from 2 MiB on. A free block
-    serves a request if it is smaller than ``min(2 * request, request + 2 pages)``; what is kept for
-    reuse is bounded by ``max_cached``. On other devices, and with ``backend="torch"``, the memory is
-    that of torch's allocator, which pools by itself, and the arena keeps the budget.
+    serves a request if it is smaller than ``min(2 * request, request + 2 pages)``; what is kept
+    for reuse is bounded by ``max_cached``. On other devices, and with ``backend="torch"``, memory
+    is that of torch's allocator, which pools by itself, and the arena keeps the budget.
 
     Args:
         device: where tensors live.

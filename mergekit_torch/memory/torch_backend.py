@@ -32,15 +32,19 @@ class TorchBackend:
         self.frame_hint = 0
 
     def empty(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of its own storage."""
         return self._allocate(math.prod(size) * dtype.itemsize).view(dtype).view(size)
 
     def block(self, nbytes: int) -> TorchBlock:
+        """Memory for several tensors."""
         return TorchBlock(self._allocate(nbytes))
 
     def frame(self, size_hint: int) -> TorchFrame:
+        """Pieces to cut scratch from."""
         return TorchFrame(self, max(size_hint, self.frame_hint, _MIN_PIECE))
 
     def stats(self) -> Sequence[int]:
+        """The fields of ArenaStats."""
         with self._lock:
             self._sweep()
             return (
@@ -49,10 +53,11 @@ class TorchBackend:
             )
 
     def trim(self, keep: int) -> int:
+        """Nothing: free memory is torch's."""
         return 0
 
     def close(self) -> None:
-        pass
+        """Nothing is kept here."""
 
     def _allocate(self, nbytes: int) -> Tensor:
         # What torch's allocators hand out at least.
