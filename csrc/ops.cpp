@@ -12,6 +12,11 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "dequant_matmul(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, "
       "Tensor? offset, Tensor? bias, int bits, int group_size, str compute=\"exact\") -> Tensor");
+  // Several weights of one format and one input; zero_point, offset and bias are empty or whole.
+  // compute has no default: autograd of list arguments needs every argument present.
+  m.def(
+      "dequant_matmul_many(Tensor input, Tensor[] codes, Tensor[] scale, Tensor[] zero_point, "
+      "Tensor[] offset, Tensor[] bias, int bits, int group_size, str compute) -> Tensor[]");
   m.def(
       "dequant_matmul_t(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, "
       "Tensor? offset, int bits, int group_size, SymInt in_features) -> Tensor");

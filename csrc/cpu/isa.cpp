@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "cpu/x86_vnni.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -72,6 +74,62 @@
 namespace mkrs::cpu {
 namespace {
 
+#if defined(__x86_64__)
+
+// Thresholds of the VNNI level, all of them here. Measured on Zen 4 with 4 bits, group 64.
+constexpr int64_t kRowsInputs = 4;  // up to so many input rows are dot products along k
+constexpr int64_t kRowsInputsInt8 = 8;
+constexpr int64_t kExactSpan = 64;  // activations per fixed-point scale, where groups are as long
+
+MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
+  MatmulPlan plan;
+  if (w.in_features == 0) return plan;
+  plan.limbs = compute == Compute::Int8 ? 1 : x.type == Float::F32 ? 3 : 2;
+  // A single group of any length is cut into spans; others are powers of two of at least 16.
+  const int64_t group = w.groups == 1 ? kExactSpan : w.group_size;
+  plan.span = compute == Compute::Int8 ? int8_span(w.group_size) : std::min(kExactSpan, group);
+  if (x.rows <= (plan.limbs == 1 ? kRowsInputsInt8 : kRowsInputs)) {
+    plan.regime = Regime::Rows;
+    plan.units = x.rows;
+    plan.unit_bytes = vnni::rows_unit_bytes(w, plan.limbs, plan.span);
+    plan.weight_rows = 4;
+  } else {
+    plan.regime = Regime::Tiles;
+    plan.units = vnni::tiles_units(x.rows);
+    plan.unit_bytes = vnni::tiles_unit_bytes(w, plan.limbs, plan.span);
+    plan.weight_rows = 24;
+  }
+  return plan;
+}
+
+bool vnni_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x, int64_t begin,
+                  int64_t end, void* scratch) {
+  const auto prepare = plan.regime == Regime::Rows ? vnni::rows_prepare : vnni::tiles_prepare;
+  return prepare(plan, w, x, begin, end, scratch);
+}
+
+void vnni_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
+                 const void* scratch, const void* bias, int64_t begin, int64_t end,
+                 const Output& out) {
+  const auto matmul = plan.regime == Regime::Rows    ? vnni::rows_matmul
+                      : plan.regime == Regime::Tiles ? vnni::tiles_matmul
+                                                     : avx512::table.matmul;
+  matmul(plan, w, x, scratch, bias, begin, end, out);
+}
+
+Kernels vnni_table() {
+  Kernels table = avx512::table;
+  table.name = "avx512_vnni";
+  table.plan = vnni_plan;
+  table.prepare = vnni_prepare;
+  table.matmul = vnni_matmul;
+  return table;
+}
+
+const Kernels kVnni = vnni_table();
+
+#endif
+
 struct Level {
   const Kernels* table;
   bool supported;
@@ -87,6 +145,7 @@ std::vector<Level> levels() {
                       __builtin_cpu_supports("avx512vl");
   found.push_back({&avx2::table, avx2});
   found.push_back({&avx512::table, avx512});
+  found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni")});
 #elif defined(__aarch64__)
   found.push_back({&neon::table, true});
 #endif

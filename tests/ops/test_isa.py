@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 LEVELS = {
-    "x86_64": ("generic", "avx2", "avx512"),
+    "x86_64": ("generic", "avx2", "avx512", "avx512_vnni"),
     "aarch64": ("generic", "neon"),
     "arm64": ("generic", "neon"),
 }.get(platform.machine(), ("generic",))
