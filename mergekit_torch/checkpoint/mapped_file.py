@@ -31,8 +31,8 @@ class MappedFile:
     Every access first compares the path with the file that was opened (device, inode, size,
     modification time), so a file replaced, truncated, changed or removed meanwhile is an error
     instead of wrong numbers. What happens to the file after an access cannot be seen: as with every
-    memory map, a tensor whose file is truncated under it faults when read (SIGBUS), which no library
-    can turn into an exception safely. With :attr:`memory` set, tensors are read instead of mapped:
+    memory map, a tensor whose file is truncated under it faults when read (SIGBUS), which no
+    library can turn into an exception safely. With :attr:`memory` set, tensors are read instead:
     then the same is an exception, and a tensor that was read is independent of the file.
 
     Raises:
@@ -57,7 +57,8 @@ class MappedFile:
                 f"{self.path}: a checkpoint must be a regular file, and this is not"
             )
         self.size = status.st_size
-        self._identity = _identity(status)
+        #: Device, inode, size and modification time (ns) of the file that was opened.
+        self.identity = _identity(status)
 
     def _open(self) -> int:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
@@ -65,10 +66,10 @@ class MappedFile:
         return os.open(self.path, flags | getattr(os, "O_NONBLOCK", 0))
 
     def _changed(self, now: os.stat_result) -> CheckpointError:
-        size = self._identity[2]
+        size = self.identity[2]
         if now.st_size < size:
             what = f"was truncated from {size} to {now.st_size} bytes"
-        elif _identity(now)[:2] != self._identity[:2]:
+        elif _identity(now)[:2] != self.identity[:2]:
             what = "was replaced by another file"
         else:
             what = "was modified"
@@ -84,14 +85,14 @@ class MappedFile:
             raise CheckpointError(
                 f"{self.path}: was removed after it was opened; open another file"
             ) from None
-        if _identity(now) != self._identity:
+        if _identity(now) != self.identity:
             raise self._changed(now)
 
     def read(self, offset: int, count: int) -> bytes:
         """Exactly ``count`` bytes at ``offset``."""
         self.check()
         with open(self.path, "rb", buffering=0) as file:
-            if _identity(os.fstat(file.fileno())) != self._identity:
+            if _identity(os.fstat(file.fileno())) != self.identity:
                 raise self._changed(os.fstat(file.fileno()))
             file.seek(offset)
             parts = []
@@ -110,7 +111,7 @@ class MappedFile:
         if file is None:
             file = io.FileIO(self._open(), "rb")
             status = os.fstat(file.fileno())
-            if _identity(status) != self._identity:
+            if _identity(status) != self.identity:
                 raise self._changed(status)
             self._file = file
         return file
@@ -122,7 +123,7 @@ class MappedFile:
             fd = self._open()
             try:
                 status = os.fstat(fd)
-                if _identity(status) != self._identity:
+                if _identity(status) != self.identity:
                     raise self._changed(status)
                 if sys.platform == "win32":
                     self._map = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY)

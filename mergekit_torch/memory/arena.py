@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops as _ops  # noqa: F401  (registers the arena's ops)
-from .sizes import parse_size
+from ..checkpoint.writer import parse_size
 from .torch_backend import TorchBackend
 
 __all__ = ["Arena", "ArenaStats", "BudgetError"]

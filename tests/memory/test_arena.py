@@ -225,7 +225,7 @@ def test_native_blocks_check_their_bounds():
     ("arguments", "match"),
     [
         ({"budget": 0}, "at least one byte"),
-        ({"budget": "12 apples"}, "size must be"),
+        ({"budget": "12 apples"}, "a size must be"),
         ({"strategy": "best"}, "strategy must be"),
         ({"backend": "cuda"}, "backend must be"),
         ({"device": "meta", "backend": "native"}, "cpu"),

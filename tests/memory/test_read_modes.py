@@ -130,7 +130,9 @@ def resident(tensor_address, nbytes):
 def test_pages_behind_a_reader_are_dropped(tmp_path):
     path = tmp_path / "big.safetensors"
     count, each = 16, 1 << 20
-    save_checkpoint({f"t{i}": torch.full((each,), i, dtype=torch.uint8) for i in range(count)}, path)
+    save_checkpoint(
+        {f"t{i}": torch.full((each,), i, dtype=torch.uint8) for i in range(count)}, path
+    )
     with open_checkpoint(path) as checkpoint:
         most = 0
         for name in checkpoint:
