@@ -28,9 +28,12 @@ __all__ = ["rewrite_checkpoint"]
 _MAX_PIECE = 32 << 20
 #: A resumable job is made safe after so many bytes written.
 _SAFE_EVERY = 256 << 20
-# Pieces in flight at once: being read, waiting, at work; and the same for results.
+#: Pieces that wait between two stages.
 _WAITING = 2
-_IN_FLIGHT = _WAITING + 2
+# Pieces in memory at once: before the computation one being read, those that wait and one at work,
+# and as many results, which for copies are the pieces themselves. A quarter of the budget is for
+# freed memory that is kept for the next piece; the rest is room for rounding.
+_SHARES = 12
 
 Parts = dict[str, Tensor]
 T = TypeVar("T")
@@ -94,7 +97,7 @@ def rewrite_checkpoint(
     strings = {"format": "pt"} if metadata is None else dict(metadata)
     changes = {name: _Change(view, name, spec) for name, spec in specs.items()}
     steps = _steps(changes, parse_size(budget))
-    arena = Arena("cpu", budget, max_cached=2 * _MAX_PIECE)
+    arena = Arena("cpu", max_cached=min(parse_size(budget) // 4, 2 * _MAX_PIECE))
     # The journal is locked before any other file is touched: two jobs must not share them.
     with arena, Journal(target, keep=resume) as journal:
         at = journal.start(_fingerprint(view, specs, strings, max_shard_size), resume)
@@ -266,14 +269,13 @@ def _stored_format(q: QuantInfo) -> tuple[object, ...]:
 def _steps(changes: Mapping[str, _Change], budget: int) -> dict[str, int]:
     """Rows of a piece of each tensor, such that all pieces in flight fit the budget."""
     steps = {}
-    # Conversions of stored blocks and permutations make one more copy.
-    room = budget // (_IN_FLIGHT + 1)
+    room = budget // _SHARES
     for name, change in changes.items():
         row = change.source_row_bytes + change.target_row_bytes
         if row > room and change.rows:
             raise BudgetError(
                 f"{change.info.file}: tensor {change.info.name!r}: the budget of {budget} bytes "
-                f"must hold {_IN_FLIGHT + 1} rows of {row} bytes"
+                f"must hold {_SHARES} rows of {row} bytes"
             )
         steps[name] = max(1, min(room, _MAX_PIECE) // max(row, 1))
     return steps
