@@ -3,7 +3,7 @@
 It uses only LibTorch's stable ABI and CPython's limited API, so one binary serves every
 Python >= 3.10 and every torch >= 2.11. Sources are chosen by platform:
 
-* ``csrc/*.cpp``, ``csrc/cpu/*.cpp`` always;
+* ``csrc/*.cpp``, ``csrc/cpu/*.cpp``, ``csrc/memory/*.cpp`` always;
 * ``csrc/mps/*.cpp``, ``csrc/mps/*.mm`` on macOS;
 * ``csrc/cuda/*.cu`` when ``MKRS_CUDA=1`` and a CUDA toolkit is there.
 
@@ -55,7 +55,7 @@ def extension() -> "cpp_extension.Extension":
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # torch's own headers trip this one.
     flags.append("-Wno-unused-parameter")
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/memory/*.cpp")
     link_args: list[str] = []
     compile_args: dict[str, list[str]] = {"cxx": flags}
     kind = cpp_extension.CppExtension

@@ -21,7 +21,8 @@ from .gguf_names import (
 )
 from .info import TensorInfo
 from .reader import Checkpoint, open_checkpoint
-from .writer import TensorSpec, save_checkpoint
+from .save import save_checkpoint
+from .writer import TensorSpec
 
 __all__ = ["ConvertedCheckpoint", "convert_gguf"]
 
