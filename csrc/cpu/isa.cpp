@@ -26,6 +26,10 @@
 
 #if defined(__x86_64__)
 
+#if !defined(__clang__)
+// GCC 12's own AVX-512 headers trip this one.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
@@ -48,8 +52,10 @@
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define MKRS_ISA avx512
+#define MKRS_HAS_AVX512 1
 #include "cpu/generic.inc"
 #undef MKRS_ISA
+#undef MKRS_HAS_AVX512
 #undef MKRS_HAS_FMA
 #undef MKRS_HAS_F16C
 #if defined(__clang__)
@@ -175,6 +181,13 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const Kernels& kernels_of(const std::string& name) {
+  for (const Level& level : levels()) {
+    if (level.supported && name == level.table->name) return *level.table;
+  }
+  throw std::runtime_error("mkrs: this processor does not run level '" + name + "'");
 }
 
 std::vector<std::string> available_isas() {

@@ -1,6 +1,6 @@
 // The CPU kernel table: one row per instruction-set level, one level chosen once per process.
 //
-// Levels: generic everywhere; avx2, avx512, avx512_vnni on x86-64; neon, dotprod on arm64.
+// Levels: generic everywhere; avx2, avx512, avx512_vnni on x86-64; neon on arm64.
 // MKRS_CPU_ISA forces a level (tests run all of them on one machine); a level that this processor
 // or this build lacks is an error, never a silent fallback.
 #pragma once
@@ -105,6 +105,9 @@ constexpr int64_t kColumnAlign = 16;
 
 // The table in force. Throws std::runtime_error when MKRS_CPU_ISA asks for what is not there.
 const Kernels& kernels();
+
+// The table of one level, for tests that compare levels. Throws where it does not run.
+const Kernels& kernels_of(const std::string& name);
 
 // Levels that this build has and this processor can run, best last.
 std::vector<std::string> available_isas();
