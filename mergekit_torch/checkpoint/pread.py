@@ -129,8 +129,8 @@ def read_slice(
     done = 0
     for indices in itertools.product(*(range(*ranges[i]) for i in range(outer))):
         offset = begin + sum(i * step for i, step in zip(indices, steps, strict=False))
-        part = raw[done : done + rows * run]
-        read_into(file, path, part, offset, row_bytes=run, row_stride=stride, rows=rows)
+        target = raw[done : done + rows * run]
+        read_into(file, path, target, offset, row_bytes=run, row_stride=stride, rows=rows)
         done += rows * run
     return out
 

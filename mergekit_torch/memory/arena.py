@@ -267,7 +267,7 @@ class _NativeBackend:
         self._handle: int = torch.ops.mkrs._arena_create(
             -1 if budget is None else budget, strategy, -1 if max_cached is None else max_cached
         )
-        self._last = (0,) * 8
+        self._last: Sequence[int] = (0,) * 8
         # An arena that is simply dropped lets go of its pool as well.
         self._finalizer = weakref.finalize(self, torch.ops.mkrs._arena_close, self._handle)
 
@@ -334,7 +334,7 @@ class _NativeBlock:
 
 def _sizes(size: tuple[int | Sequence[int], ...]) -> list[int]:
     given = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    sizes = [int(n) for n in given]  # type: ignore[union-attr, arg-type]
+    sizes = [int(n) for n in given]  # type: ignore[arg-type]
     if any(n < 0 for n in sizes):
         raise ValueError(f"sizes must not be negative, got {sizes}")
     if math.prod(max(n, 1) for n in sizes) >= 2**60:

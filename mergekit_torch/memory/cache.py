@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -282,7 +283,7 @@ class TensorCache:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        frames: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -338,6 +339,8 @@ class TensorCache:
                 self._bytes_read += block.nbytes
                 entry.block = block
         except BaseException as error:
+            # An exception keeps its frames, and theirs keep tensors over the block.
+            traceback.clear_frames(error.__traceback__)
             with self._condition:
                 entry.error = error
                 if self._entries.get(entry.name) is entry:

@@ -42,7 +42,7 @@ T = TypeVar("T")
 class _Piece(NamedTuple):
     """Rows ``[begin, end)`` of a target tensor, all leading dimensions counted as one."""
 
-    index: int  # of the tensor
+    number: int  # of the tensor, in order
     name: str
     begin: int
     end: int
@@ -285,11 +285,11 @@ def _pieces(
     changes: Mapping[str, _Change], steps: Mapping[str, int], done: Mapping[str, int]
 ) -> Iterator[_Piece]:
     """All work that is left, in order."""
-    for index, (name, change) in enumerate(changes.items()):
+    for number, (name, change) in enumerate(changes.items()):
         if change.rows == 0 and name not in done:
-            yield _Piece(index, name, 0, 0)
+            yield _Piece(number, name, 0, 0)
         for begin in range(done.get(name, 0), change.rows, steps[name]):
-            yield _Piece(index, name, begin, min(begin + steps[name], change.rows))
+            yield _Piece(number, name, begin, min(begin + steps[name], change.rows))
 
 
 class _Pipeline:
@@ -368,7 +368,7 @@ class _Pipeline:
             if unsafe >= _SAFE_EVERY:
                 for file in self._writer.files:
                     file.flush()
-                self._journal.note(piece.index, piece.end)
+                self._journal.note(piece.number, piece.end)
                 unsafe = 0
             if self._progress is not None:
                 self._progress(rows * change.source_row_bytes)

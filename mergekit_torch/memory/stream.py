@@ -260,11 +260,13 @@ class StreamedModel:
         found = self._addresses.get(tensor.untyped_storage().data_ptr())
         if found is None or tensor.numel() == 0:
             return tensor
-        return _Saved(*found, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return _Saved(
+            *found, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+        )
 
     def _unpack(self, saved: Any) -> Tensor:
         if not isinstance(saved, _Saved):
-            return saved  # type: ignore[no-any-return]
+            return saved
         plain = tensor_parts(self.cache.get(saved.source))[saved.part]
         return plain.as_strided(saved.size, saved.stride, saved.offset)
 

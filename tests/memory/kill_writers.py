@@ -1,6 +1,6 @@
 """Kills writers at random moments and checks what they leave: run by test_faults.py.
 
-    kill_writers.py save|rewrite|resume|shards <directory> <kills> <seed>
+    kill_writers.py save|resume|shards <directory> <kills> <seed>
 
 Forks from one process that has imported torch, so that fifty kills take seconds.
 """
@@ -71,7 +71,7 @@ def main(mode, directory, kills, seed):
             raise SystemExit(f"a writer that was not killed failed: {status}")
 
     def state():
-        """"old", "new", or raises."""
+        """ "old", "new", or raises."""
         if shards:
             try:
                 checkpoint = open_checkpoint(target)
@@ -104,8 +104,6 @@ def main(mode, directory, kills, seed):
     seen = {}
     resumed = 0
     for _ in range(kills):
-        if not shards or not (target / "model.safetensors").exists():
-            save_checkpoint(OLD, target)
         save_checkpoint(OLD, target)
         pid = child()
         time.sleep(random.random() * usual)

@@ -9,7 +9,6 @@ import torch
 
 from mergekit_torch import ops
 from mergekit_torch.checkpoint import (
-    CheckpointError,
     CheckpointWriter,
     ConvertedCheckpoint,
     QuantInfo,
@@ -75,9 +74,7 @@ def test_quantizing_in_pieces_is_quantizing_whole(tmp_path, path, tensors, schem
     seen = []
     with open_checkpoint(path) as checkpoint:
         specs = quantized_specs(checkpoint, scheme)
-        written = rewrite_checkpoint(
-            checkpoint, target, specs, budget=budget, progress=seen.append
-        )
+        written = rewrite_checkpoint(checkpoint, target, specs, budget=budget, progress=seen.append)
         assert sum(seen) == checkpoint.nbytes
     assert written == [target]
     assert hidden(tmp_path) == []
@@ -103,8 +100,7 @@ def test_quantizing_in_pieces_is_quantizing_whole(tmp_path, path, tensors, schem
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dequantizing_and_casting(tmp_path, tensors, dtype):
     quantized = {
-        scheme: QuantizedTensor.from_float(tensors["a.weight"], 4, 32, scheme)
-        for scheme in SCHEMES
+        scheme: QuantizedTensor.from_float(tensors["a.weight"], 4, 32, scheme) for scheme in SCHEMES
     }
     save_checkpoint({**quantized, "plain": tensors["a.weight"]}, tmp_path / "q.safetensors")
     with open_checkpoint(tmp_path / "q.safetensors") as checkpoint:
@@ -193,10 +189,17 @@ def test_starting_over(tmp_path, path, tensors, monkeypatch):
     target = tmp_path / "out.safetensors"
     with open_checkpoint(path) as checkpoint:
         interrupted(
-            checkpoint, target, quantized_specs(checkpoint, bits=8), 200_000, resume=True, budget="64KiB"
+            checkpoint,
+            target,
+            quantized_specs(checkpoint, bits=8),
+            200_000,
+            resume=True,
+            budget="64KiB",
         )
         rewrite_checkpoint(checkpoint, target, quantized_specs(checkpoint, bits=2))
-        rewrite_checkpoint(checkpoint, tmp_path / "o2.safetensors", quantized_specs(checkpoint, bits=2))
+        rewrite_checkpoint(
+            checkpoint, tmp_path / "o2.safetensors", quantized_specs(checkpoint, bits=2)
+        )
     assert target.read_bytes() == (tmp_path / "o2.safetensors").read_bytes()
 
 
@@ -238,10 +241,13 @@ def test_failures_leave_nothing(tmp_path, path):
 def test_weights_that_cannot_be_quantized_are_named(tmp_path):
     weight = torch.randn(500, 64)
     weight[400, 3] = float("inf")
-    save_checkpoint({"good.weight": torch.randn(9, 64), "bad.weight": weight}, tmp_path / "s.safetensors")
-    with open_checkpoint(tmp_path / "s.safetensors") as checkpoint:
-        with pytest.raises(ValueError, match=r"'bad.weight'.*finite"):
-            rewrite_checkpoint(checkpoint, tmp_path / "out", quantized_specs(checkpoint), budget="32KiB")
+    save_checkpoint(
+        {"good.weight": torch.randn(9, 64), "bad.weight": weight}, tmp_path / "s.safetensors"
+    )
+    checkpoint = open_checkpoint(tmp_path / "s.safetensors")
+    specs = quantized_specs(checkpoint)
+    with pytest.raises(ValueError, match=r"'bad.weight'.*finite"):
+        rewrite_checkpoint(checkpoint, tmp_path / "out", specs, budget="32KiB")
     assert not (tmp_path / "out").exists()
 
 
@@ -339,7 +345,9 @@ sys.exit("no error")
 def test_memory_is_bounded_by_the_system_too(tmp_path):
     """One 256 MiB tensor with a 16 MiB budget, in a process that may grow by 96 MiB."""
     source = tmp_path / "s.safetensors"
-    with CheckpointWriter(source, {"big.weight": TensorSpec(torch.float32, (1 << 14, 1 << 12))}) as w:
+    with CheckpointWriter(
+        source, {"big.weight": TensorSpec(torch.float32, (1 << 14, 1 << 12))}
+    ) as w:
         part = torch.randn(1 << 9, 1 << 12)
         for _ in range(1 << 5):
             w.write_rows("big.weight", {"": part})
@@ -391,14 +399,15 @@ def test_many_threads_write_rows_of_one_file(tmp_path):
 
 
 def test_rows_that_do_not_fit_the_declaration(tmp_path):
+    writer = CheckpointWriter(tmp_path / "x", {"t": TensorSpec(torch.float32, (4, 3))})
+    with pytest.raises(KeyError):
+        writer.write_rows("u", {"": torch.ones(1, 3)})
+    for rows in (torch.ones(5, 3), torch.ones(2, 4), torch.ones(2, 3).half()):
+        with pytest.raises(ValueError, match="rows of 3 elements"):
+            writer.write_rows("t", {"": rows})
+    writer.write_rows("t", {"": torch.ones(3, 3)})
     with pytest.raises(ValueError, match="1 are missing"):
-        with CheckpointWriter(tmp_path / "x", {"t": TensorSpec(torch.float32, (4, 3))}) as writer:
-            with pytest.raises(KeyError):
-                writer.write_rows("u", {"": torch.ones(1, 3)})
-            for rows in (torch.ones(5, 3), torch.ones(2, 4), torch.ones(2, 3).half()):
-                with pytest.raises(ValueError, match="rows of 3 elements"):
-                    writer.write_rows("t", {"": rows})
-            writer.write_rows("t", {"": torch.ones(3, 3)})
+        writer.close()
     assert list(tmp_path.iterdir()) == []
 
 

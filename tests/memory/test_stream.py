@@ -132,11 +132,8 @@ def test_gradients_of_inputs(tmp_path, model):
     with stream(meta_model(), path, budget=BUDGET) as streamed:
         for features in (model.features, None):
             y = x.clone().requires_grad_()
-            if features is None:
-                # Called below the root: the order is looked up module by module.
-                out = streamed.features(y)
-            else:
-                out = features(y)
+            # Called below the root: the order is looked up module by module.
+            out = (features or streamed.features)(y)
             (out * torch.arange(WIDTH)).sum().backward()
             gradients.append(y.grad)
         assert streamed.stats().peak <= BUDGET
