@@ -29,4 +29,6 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "gguf_unpack(Tensor blocks, int ggml_type, int rows, int in_features) -> "
       "(Tensor codes, Tensor scale, Tensor zero)");
+  // What this machine was given, as JSON: for people and for `mergekit_torch.doctor`.
+  m.def("_cpu_info() -> str");
 }
