@@ -197,8 +197,7 @@ def call_cost(threads: int) -> dict[str, dict[str, float]]:
         dense = torch.randn(size, size)
         calls: dict[str, Callable[[], Any]] = {
             f"mkrs op {size}": functools.partial(
-                *(torch.ops.mkrs.dequant_matmul, x, codes, scale, None, offset, None),
-                *(4, GROUP, "exact"),
+                torch.ops.mkrs.dequant_matmul, x, codes, scale, None, offset, None, 4, GROUP
             ),
             f"torch dense f32 {size}": functools.partial(torch.nn.functional.linear, x, dense),
         }

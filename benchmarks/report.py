@@ -130,13 +130,13 @@ def roofline(report: dict[str, Any], layer: str, threads: int, path: Path) -> No
         xs, ys = zip(*points, strict=True)
         ours = name.startswith("mkrs")
         axes.plot(xs, ys, "o-" if ours else ".--", lw=2 if ours else 1, label=name)
-    xs = [3.0, 3000.0]
+    ends = (3.0, 3000.0)
     read = best_limit(report, threads, "read_gbps")
     for key, label in (("int8_gops", "int8 peak"), ("f32_gflops", "f32 peak")):
         peak = best_limit(report, threads, key)
         corner = peak / read
-        axes.plot([xs[0], corner, xs[1]], [xs[0] * read, peak, peak], "k:", lw=0.8)
-        axes.text(xs[1], peak, label, fontsize=7, ha="right", va="bottom")
+        axes.plot([ends[0], corner, ends[1]], [ends[0] * read, peak, peak], "k:", lw=0.8)
+        axes.text(ends[1], peak, label, fontsize=7, ha="right", va="bottom")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weight", ylabel="GFLOP/s")
     axes.set_title(f"int4 linear layers, {layer}, {threads} threads")
     axes.legend(fontsize=7)
