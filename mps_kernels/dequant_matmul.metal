@@ -40,9 +40,9 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
     float values[BLOCK];
     load_activations(x + k, columns - k, values);
     float total = 0.0f;
-    for (int i = 0; i < BLOCK; i++) {
-      total += values[i];
-      values[i] *= Masked<BITS>::unit(i);
+    for (int i = 0; i < BLOCK; i++) total += values[i];
+    if (isfinite(total)) {
+      for (int i = 0; i < BLOCK; i++) values[i] *= Masked<BITS>::unit(i);
     }
     const int group_index = group_of(k, layout.y);
     const int start = k / PIECE * BITS;
@@ -50,12 +50,21 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
       ushort words[BITS];
       LoadBlock<BITS, ALIGNED>::load(codes + row[r] * ulong(layout.x) + ulong(start),
                                      row_bytes - start, words);
-      float dot = 0.0f;
-      for (int i = 0; i < BLOCK; i++) dot = fma(Masked<BITS>::value(words, i), values[i], dot);
       const float s = float(scale[row[r] * ulong(strides.x) + ulong(group_index)]);
       const float shift =
           Shift<BITS, SCHEME>::factor(s, zero + row[r] * ulong(strides.y), group_index);
-      sums[r] = fma(s, dot, fma(shift, total, sums[r]));
+      float dot = 0.0f;
+      if (isfinite(total)) {
+        for (int i = 0; i < BLOCK; i++) dot = fma(Masked<BITS>::value(words, i), values[i], dot);
+        sums[r] = fma(s, dot, fma(shift, total, sums[r]));
+      } else {
+        // Code by code, or an infinite activation would meet itself with the other sign.
+        for (int i = 0; i < BLOCK; i++) {
+          const float q = Masked<BITS>::value(words, i) * Masked<BITS>::unit(i);
+          if (k + i < columns) dot = fma(fma(s, q, shift), values[i], dot);
+        }
+        sums[r] += dot;
+      }
     }
   }
   for (int r = 0; r < DECODE_ROWS; r++) {

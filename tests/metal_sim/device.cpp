@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/NativeFunctions.h>
 #include <ATen/native/CPUFallback.h>
+#include <ATen/detail/MPSHooksInterface.h>
 #include <ATen/native/TensorFactories.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -69,6 +70,25 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeDevice(c10::DeviceIndex) const override {}
 };
 C10_REGISTER_GUARD_IMPL(MPS, Guard)
+
+// What torch asks before it uses a device: that there is one, and nothing else.
+struct Hooks final : at::MPSHooksInterface {
+  Hooks() = default;
+  void init() const override {}
+  bool hasMPS() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  void setCurrentDevice(c10::DeviceIndex) const override {}
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
+  void deviceSynchronize() const override {}
+  void commitStream() const override {}
+  void emptyCache() const override {}
+  c10::Allocator* getMPSDeviceAllocator() const override { return &allocator; }
+};
 
 const c10::DispatchKeySet kKeys(c10::DispatchKey::MPS);
 
@@ -205,6 +225,11 @@ Extent extent_of(const at::Tensor& t) {
 }
 
 }  // namespace sim
+
+namespace at {
+using SimulatedHooks = sim::Hooks;
+C10_REGISTER_CLASS(MPSHooksRegistry, MPSHooks, SimulatedHooks)
+}  // namespace at
 
 TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("empty.memory_format", sim::empty);

@@ -106,8 +106,8 @@ def load() -> None:
     global _library
     if _library is not None:
         return
-    if torch.backends.mps.is_available():
-        raise RuntimeError("this machine has a real MPS device; the simulator would replace it")
+    if torch.backends.mps.is_built():
+        raise RuntimeError("this torch has a real MPS backend; the simulator would replace it")
     library = ctypes.CDLL(str(build_simulator()), mode=ctypes.RTLD_GLOBAL)
     library.sim_report.restype = ctypes.c_char_p
     library.sim_set_seed.argtypes = [ctypes.c_uint64]
@@ -127,7 +127,7 @@ def load() -> None:
     _library = library
     set_seed(int(os.environ.get("MKRS_SIM_SEED", "0")))
 
-    import mergekit_torch._extension  # noqa: F401  (defines the ops' schemas)
+    import mergekit_torch  # noqa: F401  (defines the ops' schemas)
 
     torch.ops.load_library(str(build_host()))
 
