@@ -171,8 +171,9 @@ quantize(device const T* weight [[buffer(0)]],
     const int k = base + int(lane) * BLOCK;
     const int count = clamp(columns - k, 0, BLOCK);
     const Range range = block_range(w + min(k, columns), count, values);
-    const Group g = group_parameters<S, BITS, SCHEME>(
-        layout.y == 0 ? whole : join(range, ushort(layout.y / BLOCK / 2)));
+    Range own = whole;
+    if (layout.y != 0) own = join(range, ushort(layout.y / BLOCK / 2));
+    const Group g = group_parameters<S, BITS, SCHEME>(own);
     const bool leader = layout.y == 0 ? k == 0 : k % layout.y == 0;
     if (count > 0) {
       worst = max(worst, g.status);

@@ -47,6 +47,7 @@ COMMON = [
     "-fno-math-errno",
     "-Wno-everything",
     "-Werror=return-type",
+    "-Werror=c++17-extensions",
 ]
 INSTRUMENT = [
     "-fsanitize=thread",

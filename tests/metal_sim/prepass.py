@@ -245,7 +245,8 @@ class Prepass:
         base, name, extent = match.groups()
         kind = f"msl_type_{name}"
         if self.mode == "lint":
-            return f"typedef {base}{kind}{extent}; __local {kind} {name}", end
+            # OpenCL wants local variables in kernels only, and templates are none there.
+            return f"typedef {base}{kind}{extent}; __local {kind}& {name} = *(__local {kind}*)0", end
         return (
             f"typedef {base}{kind}{extent}; "
             f'static const msl::Slot msl_slot_{name} = {{"{name}", sizeof({kind})}}; '
@@ -292,9 +293,9 @@ class Prepass:
                     out.append(SPACES[text])
                 else:
                     out.append("const" if text == "constant" else "")
-            elif text in self.vectors and self.text(self.next(i)) == "(" and self.mode == "run":
+            elif text in self.vectors and self.text(self.next(i)) == "(":
                 out.append(f"metal::msl_make<{text}>")
-            elif text == "vec" and self.text(self.next(i)) == "<" and self.mode == "run":
+            elif text == "vec" and self.text(self.next(i)) == "<":
                 close = self.closing(self.next(i), "<", ">")
                 if self.text(self.next(close)) == "(":
                     out.append(f"metal::msl_make<{self.joined(i, close + 1)}>")
