@@ -25,8 +25,10 @@ struct Masked {
 template <typename T>
 inline void load_activations(device const T* x, int left, thread float* values) {
   if (left >= BLOCK) {
+    UNROLL
     for (int i = 0; i < BLOCK; i++) values[i] = float(x[i]);
   } else {
+    UNROLL
     for (int i = 0; i < BLOCK; i++) values[i] = i < left ? float(x[i]) : 0.0f;
   }
 }

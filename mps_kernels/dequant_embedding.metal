@@ -19,6 +19,7 @@ kernel void dequant_embedding(device const uchar* codes [[buffer(0)]],
   const long row = long(indices[position.y]);
   float weights[PIECE];
   if (row < 0 || row >= long(shape.x)) {
+    UNROLL
     for (int i = 0; i < PIECE; i++) weights[i] = NAN;
   } else {
     dequantize_piece<S, BITS, SCHEME, ALIGNED>(codes + ulong(row) * ulong(layout.x),

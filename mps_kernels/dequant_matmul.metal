@@ -32,6 +32,7 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
 
   ulong row[DECODE_ROWS];
   float sums[DECODE_ROWS];
+  UNROLL
   for (int r = 0; r < DECODE_ROWS; r++) {
     row[r] = ulong(min(first + r, rows - 1));  // rows past the end repeat the last one
     sums[r] = 0.0f;
@@ -40,12 +41,15 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
     float values[BLOCK];
     load_activations(x + k, columns - k, values);
     float total = 0.0f;
+    UNROLL
     for (int i = 0; i < BLOCK; i++) total += values[i];
     if (isfinite(total)) {
+      UNROLL
       for (int i = 0; i < BLOCK; i++) values[i] *= Masked<BITS>::unit(i);
     }
     const int group_index = group_of(k, layout.y);
     const int start = k / PIECE * BITS;
+    UNROLL
     for (int r = 0; r < DECODE_ROWS; r++) {
       ushort words[BITS];
       LoadBlock<BITS, ALIGNED>::load(codes + row[r] * ulong(layout.x) + ulong(start),
@@ -55,10 +59,12 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
           Shift<BITS, SCHEME>::factor(s, zero + row[r] * ulong(strides.y), group_index);
       float dot = 0.0f;
       if (isfinite(total)) {
+        UNROLL
         for (int i = 0; i < BLOCK; i++) dot = fma(Masked<BITS>::value(words, i), values[i], dot);
         sums[r] = fma(s, dot, fma(shift, total, sums[r]));
       } else {
         // Code by code, or an infinite activation would meet itself with the other sign.
+        UNROLL
         for (int i = 0; i < BLOCK; i++) {
           const float q = Masked<BITS>::value(words, i) * Masked<BITS>::unit(i);
           if (k + i < columns) dot = fma(fma(s, q, shift), values[i], dot);
@@ -67,6 +73,7 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
       }
     }
   }
+  UNROLL
   for (int r = 0; r < DECODE_ROWS; r++) {
     float sum = simd_sum(sums[r]);
     if (lane == 0 && first + r < rows) {
@@ -100,13 +107,16 @@ dequant_matmul_small(device const uchar* codes [[buffer(0)]],
   if (first >= rows) return;  // a whole simdgroup
 
   float sums[R][M];
+  UNROLL
   for (int r = 0; r < R; r++) {
+    UNROLL
     for (int m = 0; m < M; m++) sums[r][m] = 0.0f;
   }
   for (int k = int(lane) * BLOCK; k < columns; k += SIMD * BLOCK) {
     const int group_index = group_of(k, layout.y);
     const int start = k / PIECE * BITS;
     float weights[R][BLOCK];
+    UNROLL
     for (int r = 0; r < R; r++) {
       const ulong row = ulong(min(first + r, rows - 1));
       ushort words[BITS];
@@ -114,19 +124,25 @@ dequant_matmul_small(device const uchar* codes [[buffer(0)]],
                                      row_bytes - start, words);
       const float s = float(scale[row * ulong(strides.x) + ulong(group_index)]);
       const float shift = Shift<BITS, SCHEME>::factor(s, zero + row * ulong(strides.y), group_index);
+      UNROLL
       for (int i = 0; i < BLOCK; i++) {
         weights[r][i] = fma(s * Masked<BITS>::unit(i), Masked<BITS>::value(words, i), shift);
       }
     }
+    UNROLL
     for (int m = 0; m < M; m++) {
       float values[BLOCK];
       load_activations(x + ulong(m) * ulong(options.y) + ulong(k), columns - k, values);
+      UNROLL
       for (int r = 0; r < R; r++) {
+        UNROLL
         for (int i = 0; i < BLOCK; i++) sums[r][m] = fma(weights[r][i], values[i], sums[r][m]);
       }
     }
   }
+  UNROLL
   for (int r = 0; r < R; r++) {
+    UNROLL
     for (int m = 0; m < M; m++) {
       float sum = simd_sum(sums[r][m]);
       if (lane == 0 && first + r < rows) {

@@ -29,7 +29,9 @@ dequant_matmul_t_small(device const uchar* codes [[buffer(0)]],
   const int2 part = depth_part(rows, int(group.y), options.y);
 
   float sums[M][PIECE];
+  UNROLL
   for (int m = 0; m < M; m++) {
+    UNROLL
     for (int i = 0; i < PIECE; i++) sums[m][i] = 0.0f;
   }
   for (int row = part.x + int(simdgroup); row < part.y; row += COLUMN_SIMDGROUPS) {
@@ -37,22 +39,27 @@ dequant_matmul_t_small(device const uchar* codes [[buffer(0)]],
     dequantize_piece<S, BITS, SCHEME, ALIGNED>(
         codes + ulong(row) * ulong(layout.x), scale + ulong(row) * ulong(strides.x),
         zero + ulong(row) * ulong(strides.y), k, columns, layout.y, weights);
+    UNROLL
     for (int m = 0; m < M; m++) {
       const float value = float(x[ulong(m) * ulong(options.x) + ulong(row)]);
+      UNROLL
       for (int i = 0; i < PIECE; i++) sums[m][i] = fma(value, weights[i], sums[m][i]);
     }
   }
 
   device O* target = out + ulong(group.y) * ulong(M) * ulong(columns);
   const int column = int(group.x) * COLUMN_SPAN + int(thread_index);
+  UNROLL
   for (int m = 0; m < M; m++) {
     // Element i of all lanes side by side: neighbours in memory, no bank conflicts.
+    UNROLL
     for (int i = 0; i < PIECE; i++) {
       memory[(int(simdgroup) * PIECE + i) * SIMD + int(lane)] = sums[m][i];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int i = int(thread_index) % PIECE, from = int(thread_index) / PIECE;
     float total = 0.0f;
+    UNROLL
     for (int s = 0; s < COLUMN_SIMDGROUPS; s++) total += memory[(s * PIECE + i) * SIMD + from];
     if (column < columns) target[ulong(m) * ulong(columns) + ulong(column)] = O(total);
     threadgroup_barrier(mem_flags::mem_threadgroup);

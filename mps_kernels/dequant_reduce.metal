@@ -48,6 +48,7 @@ dequant_reduce(device const uchar* codes [[buffer(0)]],
     dequantize_piece<S, BITS, SCHEME, ALIGNED>(
         codes + ulong(row) * ulong(layout.x), scale + ulong(row) * ulong(strides.x),
         zero + ulong(row) * ulong(strides.y), k, columns, layout.y, weights);
+    UNROLL
     for (int i = 0; i < PIECE; i++) {
       const float w = weights[i];
       if (k + i >= columns) break;

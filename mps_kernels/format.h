@@ -12,6 +12,9 @@ using namespace metal;
 #pragma METAL fp math_mode(safe)
 #pragma METAL fp contract(off)
 
+// Loops over a block must unroll, or their arrays leave the registers.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 enum Scheme : int { SYMMETRIC = 0, ASYMMETRIC = 1, AFFINE = 2 };
 
 constant constexpr int SIMD = 32;   // threads of a simdgroup
@@ -44,6 +47,7 @@ inline int group_of(int k, int shift) {
 template <int BITS, bool ALIGNED>
 struct LoadBlock {
   static inline void load(device const uchar* p, int left, thread ushort* words) {
+    UNROLL
     for (int i = 0; i < BITS; i++) {
       const ushort low = 2 * i < left ? p[2 * i] : uchar(0);
       const ushort high = 2 * i + 1 < left ? p[2 * i + 1] : uchar(0);
@@ -62,6 +66,7 @@ struct LoadBlock<8, true> {
     const uint4 v = *reinterpret_cast<device const uint4*>(p);
     const ushort4 low = as_type<ushort4>(v.xy);
     const ushort4 high = as_type<ushort4>(v.zw);
+    UNROLL
     for (int i = 0; i < 4; i++) {
       words[i] = low[i];
       words[i + 4] = high[i];
@@ -77,6 +82,7 @@ struct LoadBlock<4, true> {
       return;
     }
     const ushort4 v = as_type<ushort4>(*reinterpret_cast<device const uint2*>(p));
+    UNROLL
     for (int i = 0; i < 4; i++) words[i] = v[i];
   }
 };
@@ -98,6 +104,7 @@ struct LoadBlock<2, true> {
 template <int BITS, bool ALIGNED>
 struct LoadPiece {
   static inline void load(device const uchar* p, int left, thread uchar* bytes) {
+    UNROLL
     for (int i = 0; i < BITS; i++) bytes[i] = i < left ? p[i] : uchar(0);
   }
 };
@@ -112,6 +119,7 @@ struct LoadPiece<8, true> {
     const uint2 v = *reinterpret_cast<device const uint2*>(p);
     const uchar4 low = as_type<uchar4>(v.x);
     const uchar4 high = as_type<uchar4>(v.y);
+    UNROLL
     for (int i = 0; i < 4; i++) {
       bytes[i] = low[i];
       bytes[i + 4] = high[i];
@@ -127,6 +135,7 @@ struct LoadPiece<4, true> {
       return;
     }
     const uchar4 v = as_type<uchar4>(*reinterpret_cast<device const uint*>(p));
+    UNROLL
     for (int i = 0; i < 4; i++) bytes[i] = v[i];
   }
 };
@@ -169,6 +178,7 @@ inline void dequantize_piece(device const uchar* row_codes, device const S* row_
                              device const typename ZeroType<SCHEME, S>::type* row_zero, int k,
                              int columns, int group_shift, thread float* out) {
   if (k >= columns) {
+    UNROLL
     for (int i = 0; i < PIECE; i++) out[i] = 0.0f;
     return;
   }
@@ -179,6 +189,7 @@ inline void dequantize_piece(device const uchar* row_codes, device const S* row_
   const float scale = float(row_scale[group]);
   const typename ZeroType<SCHEME, S>::type zero =
       SCHEME == SYMMETRIC ? typename ZeroType<SCHEME, S>::type(0) : row_zero[group];
+  UNROLL
   for (int i = 0; i < PIECE; i++) {
     const float w = Decode<BITS, SCHEME>::weight(piece_code<BITS>(bytes, i), scale, zero);
     out[i] = k + i < columns ? w : 0.0f;

@@ -41,7 +41,9 @@ inline void gemm_tile(device const uchar* codes, device const S* scale,
   const int fragment_m = (int(simdgroup) % Tiles::ROWS) * Tiles::FM * 8;
   const int fragment_o = (int(simdgroup) / Tiles::ROWS) * Tiles::FN * 8;
   simdgroup_float8x8 sums[Tiles::FM][Tiles::FN];
+  UNROLL
   for (int i = 0; i < Tiles::FM; i++) {
+    UNROLL
     for (int j = 0; j < Tiles::FN; j++) sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
 
@@ -63,14 +65,17 @@ inline void gemm_tile(device const uchar* codes, device const S* scale,
           codes + safe_row * ulong(layout.x), scale + safe_row * ulong(strides.x),
           zero + safe_row * ulong(strides.y), row < row_end ? k : columns, columns, layout.y,
           weights);
+      UNROLL
       for (int i = 0; i < PIECE; i++) w_tile[r * LINE + c + i] = weights[i];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int d = 0; d < TILE; d += 8) {
       simdgroup_float8x8 a[Tiles::FM], b[Tiles::FN];
+      UNROLL
       for (int i = 0; i < Tiles::FM; i++) {
         simdgroup_load(a[i], x_tile + (fragment_m + 8 * i) * LINE + d, LINE);
       }
+      UNROLL
       for (int j = 0; j < Tiles::FN; j++) {
         if (TRANSPOSED) {
           simdgroup_load(b[j], w_tile + d * LINE + fragment_o + 8 * j, LINE);
@@ -78,7 +83,9 @@ inline void gemm_tile(device const uchar* codes, device const S* scale,
           simdgroup_load(b[j], w_tile + (fragment_o + 8 * j) * LINE + d, LINE, ulong2(0, 0), true);
         }
       }
+      UNROLL
       for (int i = 0; i < Tiles::FM; i++) {
+        UNROLL
         for (int j = 0; j < Tiles::FN; j++) {
           simdgroup_multiply_accumulate(sums[i][j], a[i], b[j], sums[i][j]);
         }
@@ -88,7 +95,9 @@ inline void gemm_tile(device const uchar* codes, device const S* scale,
   }
 
   // Through threadgroup memory, so that edges are cut and the output is written in rows.
+  UNROLL
   for (int i = 0; i < Tiles::FM; i++) {
+    UNROLL
     for (int j = 0; j < Tiles::FN; j++) {
       simdgroup_store(sums[i][j], memory + (fragment_m + 8 * i) * LINE + fragment_o + 8 * j, LINE);
     }

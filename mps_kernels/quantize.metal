@@ -22,6 +22,7 @@ inline Range block_range(device const T* w, int count, thread float* values) {
   range.low = INFINITY;
   range.high = -INFINITY;
   range.probe = 0.0f;
+  UNROLL
   for (int i = 0; i < BLOCK; i++) {
     if (i < count) {
       const float value = float(w[i]);
@@ -117,9 +118,11 @@ inline void store_codes(device uchar* out, Group g, thread const float* values, 
   constexpr int PER_BYTE = 8 / BITS;
   constexpr float top = float((1 << BITS) - 1);
   const int bytes = code_bytes<BITS>(count);
+  UNROLL
   for (int b = 0; b < 2 * BITS; b++) {
     if (b >= bytes) break;
     uint byte = 0;
+    UNROLL
     for (int j = 0; j < PER_BYTE; j++) {
       const int i = b * PER_BYTE + j;
       if (i < count && g.status == OK) {

@@ -13,6 +13,7 @@ inline void store_piece(device T* row, int k, int columns, thread const float* v
     out[1] = T4(T(values[4]), T(values[5]), T(values[6]), T(values[7]));
     return;
   }
+  UNROLL
   for (int i = 0; i < PIECE; i++) {
     if (k + i < columns) row[k + i] = T(values[i]);
   }
