@@ -79,9 +79,40 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
   return result;
 }
 
+// One input, several weights: a kernel call each. They share a command buffer, so what the CPU gains
+// by one pass over its threads is not there to gain.
+std::vector<Tensor> dequant_matmul_many(const Tensor& input, const std::vector<Tensor>& codes,
+                                        const std::vector<Tensor>& scale,
+                                        const std::vector<Tensor>& zero_point,
+                                        const std::vector<Tensor>& offset,
+                                        const std::vector<Tensor>& bias, int64_t bits,
+                                        int64_t group_size, const std::string& compute) {
+  const char* op = "dequant_matmul_many";
+  const auto check_list = [&](const char* what, const std::vector<Tensor>& list, bool optional) {
+    MKRS_CHECK(list.size() == codes.size() || (optional && list.empty()), op, what, " must have ",
+               optional ? "no or " : "", codes.size(), " tensors like codes, got ", list.size());
+  };
+  MKRS_CHECK(!codes.empty(), op, "codes must hold at least one weight, got none");
+  check_list("scale", scale, false);
+  check_list("zero_point", zero_point, true);
+  check_list("offset", offset, true);
+  check_list("bias", bias, true);
+  const auto at = [](const std::vector<Tensor>& list, size_t i) {
+    return list.empty() ? std::nullopt : std::optional<Tensor>(list[i]);
+  };
+  std::vector<Tensor> results;
+  results.reserve(codes.size());
+  for (size_t i = 0; i < codes.size(); ++i) {
+    results.push_back(dequant_matmul(input, codes[i], scale[i], at(zero_point, i), at(offset, i),
+                                     at(bias, i), bits, group_size, compute));
+  }
+  return results;
+}
+
 }  // namespace
 }  // namespace mkrs
 
 STABLE_TORCH_LIBRARY_IMPL(mkrs, MPS, m) {
   m.impl("dequant_matmul", TORCH_BOX(&mkrs::dequant_matmul));
+  m.impl("dequant_matmul_many", TORCH_BOX(&mkrs::dequant_matmul_many));
 }
