@@ -3,8 +3,8 @@
 namespace mkrs {
 namespace {
 
-// Unlike on the CPU an index cannot be checked without waiting for the GPU: one outside [0, N) gives
-// a row of NaN.
+// Unlike on the CPU an index cannot be checked without waiting for the GPU: one outside [0, N)
+// gives a row of NaN.
 Tensor dequant_embedding(const Tensor& indices, const Tensor& codes, const Tensor& scale,
                          const std::optional<Tensor>& zero_point,
                          const std::optional<Tensor>& offset, int64_t bits, int64_t group_size,
@@ -29,14 +29,12 @@ Tensor dequant_embedding(const Tensor& indices, const Tensor& codes, const Tenso
   const Tensor flat = torch::stable::contiguous(indices);
   mps::Launch launch(
       op, mps::kernel(op, "dequant_embedding", "dequant_embedding",
-                      {mps::metal_type(type), mps::metal_type(w.scale_type),
-                       mps::metal_int(w.bits), mps::metal_scheme(w.scheme),
-                       mps::metal_bool(mps::aligned_pieces(weight)),
+                      {mps::metal_type(type), mps::metal_type(w.scale_type), mps::metal_int(w.bits),
+                       mps::metal_scheme(w.scheme), mps::metal_bool(mps::aligned_pieces(weight)),
                        index_type == ScalarType::Long ? "long" : "int"}));
   bind_components(launch, weight).tensor(flat).tensor(result);
-  bind_shape(launch, w).run({mps::ceil_div(in_features, mps::kPiece * 64),
-                             static_cast<uint64_t>(flat.numel())},
-                            {64});
+  bind_shape(launch, w).run(
+      {mps::ceil_div(in_features, mps::kPiece * 64), static_cast<uint64_t>(flat.numel())}, {64});
   return result;
 }
 

@@ -63,11 +63,11 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
   const bool decode = regime.kind == MatmulRegime::Kind::Decode;
   const char* aligned = mps::metal_bool(mps::aligned_blocks(weight));
   const AOTIMetalKernelFunctionHandle function =
-      decode ? mps::kernel(op, "dequant_matmul", "dequant_matmul_decode",
-                           {activation, scales, code_bits, scheme, aligned})
-             : mps::kernel(op, "dequant_matmul", "dequant_matmul_small",
-                           {activation, scales, code_bits, scheme, aligned,
-                            mps::metal_int(x.rows)});
+      decode
+          ? mps::kernel(op, "dequant_matmul", "dequant_matmul_decode",
+                        {activation, scales, code_bits, scheme, aligned})
+          : mps::kernel(op, "dequant_matmul", "dequant_matmul_small",
+                        {activation, scales, code_bits, scheme, aligned, mps::metal_int(x.rows)});
   // As dequant_matmul_small chooses its rows.
   const int64_t rows_each = decode || x.rows <= 4 ? kDecodeRowsEach : 2;
   mps::Launch launch(op, function);
@@ -79,8 +79,8 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
   return result;
 }
 
-// One input, several weights: a kernel call each. They share a command buffer, so what the CPU gains
-// by one pass over its threads is not there to gain.
+// One input, several weights: a kernel call each. They share a command buffer, so what the CPU
+// gains by one pass over its threads is not there to gain.
 std::vector<Tensor> dequant_matmul_many(const Tensor& input, const std::vector<Tensor>& codes,
                                         const std::vector<Tensor>& scale,
                                         const std::vector<Tensor>& zero_point,

@@ -34,8 +34,8 @@ Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& 
   MatmulRegime regime = mps::matmul_regime(x.rows, in_features, w.rows);
   const bool tile = regime.kind == MatmulRegime::Kind::Tile;
   if (!tile) {
-    regime.parts = mps::parts_for(static_cast<int64_t>(mps::ceil_div(in_features, kColumnSpan)),
-                                  w.rows);
+    regime.parts =
+        mps::parts_for(static_cast<int64_t>(mps::ceil_div(in_features, kColumnSpan)), w.rows);
   }
   const bool split = regime.parts > 1;
   const Tensor partial =

@@ -29,11 +29,10 @@ Tensor dequant_reduce(const Tensor& codes, const Tensor& scale,
   Tensor result = empty_on(codes, sizes, ScalarType::Float);
   if (result.numel() == 0) return result;
   if (in_features == 0) return torch::stable::zero_(result);
-  mps::Launch launch(
-      op, mps::kernel(op, "dequant_reduce", "dequant_reduce",
-                      {mps::metal_type(w.scale_type), mps::metal_int(w.bits),
-                       mps::metal_scheme(w.scheme),
-                       mps::metal_bool(mps::aligned_pieces(weight)), kind}));
+  mps::Launch launch(op, mps::kernel(op, "dequant_reduce", "dequant_reduce",
+                                     {mps::metal_type(w.scale_type), mps::metal_int(w.bits),
+                                      mps::metal_scheme(w.scheme),
+                                      mps::metal_bool(mps::aligned_pieces(weight)), kind}));
   bind_components(launch, weight).tensor(result);
   bind_shape(launch, w).run({mps::ceil_div(w.rows, kSimdgroups)}, {kSimdgroups * mps::kSimd});
   return result;

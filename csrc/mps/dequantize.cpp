@@ -15,13 +15,11 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
   if (result.numel() == 0) return result;
   mps::Launch launch(
       op, mps::kernel(op, "dequantize", "dequantize",
-                      {mps::metal_type(type), mps::metal_type(w.scale_type),
-                       mps::metal_int(w.bits), mps::metal_scheme(w.scheme),
-                       mps::metal_bool(mps::aligned_pieces(weight))}));
+                      {mps::metal_type(type), mps::metal_type(w.scale_type), mps::metal_int(w.bits),
+                       mps::metal_scheme(w.scheme), mps::metal_bool(mps::aligned_pieces(weight))}));
   bind_components(launch, weight).tensor(result);
-  bind_shape(launch, w).run({mps::ceil_div(in_features, mps::kPiece * 64),
-                             static_cast<uint64_t>(w.rows)},
-                            {64});
+  bind_shape(launch, w).run(
+      {mps::ceil_div(in_features, mps::kPiece * 64), static_cast<uint64_t>(w.rows)}, {64});
   return result;
 }
 

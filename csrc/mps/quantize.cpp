@@ -50,15 +50,15 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t bits, 
       .run({mps::ceil_div(rows, kQuantizeSimdgroups)}, {kQuantizeSimdgroups * mps::kSimd});
 
   // Bad input must be an error, so this op waits for the GPU; it runs once a weight.
-  const Tensor result = torch::stable::to(
-      status, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const Tensor result =
+      torch::stable::to(status, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   const uint8_t* row_status = static_cast<const uint8_t*>(result.const_data_ptr());
   for (int64_t row = 0; row < rows; ++row) {
     MKRS_CHECK(row_status[row] != kNonFinite, op, "weight must be finite, got inf or NaN in row ",
                row);
-    MKRS_CHECK(row_status[row] == 0, op, "scale and offset must fit scale_dtype, got a group in row ",
-               row, " that overflows ", dtype_name(scale_scalar),
-               "; use scale_dtype=torch.float32");
+    MKRS_CHECK(row_status[row] == 0, op,
+               "scale and offset must fit scale_dtype, got a group in row ", row,
+               " that overflows ", dtype_name(scale_scalar), "; use scale_dtype=torch.float32");
   }
   return {codes, scale, zero};
 }

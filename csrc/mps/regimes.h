@@ -42,15 +42,16 @@ inline int64_t parts_for(int64_t groups, int64_t depth) {
 inline MatmulRegime matmul_regime(int64_t rows, int64_t outputs, int64_t depth) {
   MatmulRegime regime;
   const int64_t forced = from_environment("MKRS_MPS_TILE_ROWS");
-  const bool can_force = forced == 8 || forced == 16 || forced == 24 || forced == 32 || forced == 64;
+  const bool can_force =
+      forced == 8 || forced == 16 || forced == 24 || forced == 32 || forced == 64;
   if (!can_force && rows <= kSmallRows) {
     regime.kind = rows <= kDecodeRows ? MatmulRegime::Kind::Decode : MatmulRegime::Kind::Small;
     return regime;
   }
   regime.kind = MatmulRegime::Kind::Tile;
   regime.tile_rows = can_force ? forced : rows > 32 ? 64 : (rows + 7) / 8 * 8;
-  const int64_t groups = ((outputs + kTile - 1) / kTile) *
-                         ((rows + regime.tile_rows - 1) / regime.tile_rows);
+  const int64_t groups =
+      ((outputs + kTile - 1) / kTile) * ((rows + regime.tile_rows - 1) / regime.tile_rows);
   regime.parts = parts_for(groups, depth);
   return regime;
 }

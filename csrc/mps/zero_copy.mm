@@ -21,16 +21,15 @@ id<MTLDevice> metal_device() {
 std::optional<Tensor> share_rows(const Tensor& host, int64_t begin, int64_t end,
                                  int64_t row_bytes) {
   const uintptr_t page = static_cast<uintptr_t>(getpagesize());
-  const uintptr_t first =
-      reinterpret_cast<uintptr_t>(host.const_data_ptr()) + static_cast<uintptr_t>(begin * row_bytes);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(host.const_data_ptr()) +
+                          static_cast<uintptr_t>(begin * row_bytes);
   const uintptr_t last = first + static_cast<uintptr_t>((end - begin) * row_bytes);
   const uintptr_t from = first / page * page, to = (last + page - 1) / page * page;
   const int64_t item = static_cast<int64_t>(host.element_size());
-  id<MTLBuffer> buffer =
-      [metal_device() newBufferWithBytesNoCopy:reinterpret_cast<void*>(from)
-                                        length:to - from
-                                       options:MTLResourceStorageModeShared
-                                   deallocator:nil];
+  id<MTLBuffer> buffer = [metal_device() newBufferWithBytesNoCopy:reinterpret_cast<void*>(from)
+                                                           length:to - from
+                                                          options:MTLResourceStorageModeShared
+                                                      deallocator:nil];
   if (buffer == nil) return std::nullopt;
   std::vector<int64_t> sizes(static_cast<size_t>(host.dim())), strides(sizes.size());
   for (int64_t i = 0; i < host.dim(); ++i) {
@@ -60,8 +59,8 @@ Shared copy(const Tensor& host, std::string why) {
 Shared share_mapped(const Tensor& host) {
   const char* op = "mps_share";
   MKRS_CHECK(host.is_cpu(), op, "mapped must be on cpu, got a tensor on another device");
-  MKRS_CHECK(host.is_contiguous(), op, "mapped must be contiguous, got shape ",
-             shape_string(host), " with gaps");
+  MKRS_CHECK(host.is_contiguous(), op, "mapped must be contiguous, got shape ", shape_string(host),
+             " with gaps");
   MKRS_CHECK(metal_device() != nil, op, "a Metal device must be there, got none");
   const int64_t item = static_cast<int64_t>(host.element_size());
   if (host.numel() == 0 || host.dim() == 0) return copy(host, "a tensor without pages of its own");
@@ -75,8 +74,7 @@ Shared share_mapped(const Tensor& host) {
   const int64_t each = longest / row_bytes;
   Shared shared;
   for (int64_t begin = 0; begin < rows; begin += each) {
-    std::optional<Tensor> piece =
-        share_rows(host, begin, std::min(begin + each, rows), row_bytes);
+    std::optional<Tensor> piece = share_rows(host, begin, std::min(begin + each, rows), row_bytes);
     if (!piece.has_value()) return copy(host, "Metal takes no buffer over this memory");
     shared.pieces.push_back(*piece);
   }

@@ -102,7 +102,7 @@ def preprocess(source: str) -> str:
     return run([*command, "-D__METAL__=1", "-D__METAL_VERSION__=310", "-"], stripped)
 
 
-def atomic_write(path: Path, build: "callable") -> Path:  # type: ignore[valid-type]
+def atomic_write(path: Path, build: callable) -> Path:  # type: ignore[valid-type]
     """``build(temporary)`` renamed to ``path``, so that a reader never sees half a file."""
     if path.exists():
         return path

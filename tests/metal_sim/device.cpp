@@ -2,8 +2,8 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/NativeFunctions.h>
-#include <ATen/native/CPUFallback.h>
 #include <ATen/detail/MPSHooksInterface.h>
+#include <ATen/native/CPUFallback.h>
 #include <ATen/native/TensorFactories.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -64,7 +64,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Device getDevice() const override { return {c10::DeviceType::MPS, 0}; }
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device d) const override { return c10::Stream(c10::Stream::DEFAULT, d); }
+  c10::Stream getStream(c10::Device d) const override {
+    return c10::Stream(c10::Stream::DEFAULT, d);
+  }
   c10::Stream exchangeStream(c10::Stream s) const override { return s; }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   void synchronizeDevice(c10::DeviceIndex) const override {}
@@ -151,9 +153,12 @@ at::Tensor as_strided(const at::Tensor& t, at::IntArrayRef size, at::IntArrayRef
   return at::native::as_strided_tensorimpl(t, size, stride, offset);
 }
 
-at::Tensor view(const at::Tensor& t, at::IntArrayRef size) { return at::native::view(t, size); }
+at::Tensor view(const at::Tensor& t, at::IntArrayRef size) {
+  return at::native::view(t, size);
+}
 
-at::Tensor reshape_alias(const at::Tensor& t, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+at::Tensor reshape_alias(const at::Tensor& t, c10::SymIntArrayRef size,
+                         c10::SymIntArrayRef stride) {
   return at::native::_reshape_alias(t, C10_AS_INTARRAYREF_SLOW(size),
                                     C10_AS_INTARRAYREF_SLOW(stride));
 }
@@ -184,9 +189,13 @@ at::Tensor& fill_scalar(at::Tensor& t, const at::Scalar& value) {
   return t;
 }
 
-at::Tensor& zero_(at::Tensor& t) { return fill_scalar(t, at::Scalar(0)); }
+at::Tensor& zero_(at::Tensor& t) {
+  return fill_scalar(t, at::Scalar(0));
+}
 
-at::Scalar local_scalar(const at::Tensor& t) { return on_host(t).item(); }
+at::Scalar local_scalar(const at::Tensor& t) {
+  return on_host(t).item();
+}
 
 at::Tensor& set_storage(at::Tensor& t, at::Storage source, int64_t offset, at::IntArrayRef size,
                         at::IntArrayRef stride) {

@@ -95,7 +95,7 @@ struct Fiber {
   char* stack = nullptr;
   State state = State::Done;
   const void* site = nullptr;
-  int flags = 0;         // of a barrier
+  int flags = 0;            // of a barrier
   bool is_barrier = false;  // an exchange that is a simdgroup_barrier
   msl::Thread thread{};
 };
@@ -111,8 +111,8 @@ struct Stamp {
 struct Cell {
   Stamp write;
   Stamp read;
-  bool many_readers = false;  // of one epoch: several threads
-  bool many_simds = false;    // ... of several simdgroups
+  bool many_readers = false;    // of one epoch: several threads
+  bool many_simds = false;      // ... of several simdgroups
   bool read_elsewhere = false;  // by another threadgroup than read.group
 };
 
@@ -265,7 +265,9 @@ void touch(Region& r, size_t offset, unsigned n, bool write, const void* pc) {
   }
 }
 
-const char* kind_of(bool write) { return write ? "write" : "read"; }
+const char* kind_of(bool write) {
+  return write ? "write" : "read";
+}
 
 void access(uintptr_t address, unsigned n, bool write, const void* pc) {
   Machine& m = machine();
@@ -325,8 +327,8 @@ void access(uintptr_t address, unsigned n, bool write, const void* pc) {
   std::ostringstream out;
   out << "out of bounds: " << kind_of(write) << " of " << n << " bytes";
   if (nearest != nullptr && best < (1 << 20)) {
-    out << " at byte " << static_cast<int64_t>(address - nearest->begin) << " of "
-        << nearest->what << ", which has " << nearest->size;
+    out << " at byte " << static_cast<int64_t>(address - nearest->begin) << " of " << nearest->what
+        << ", which has " << nearest->size;
   } else {
     out << " far from everything that is bound";
   }
@@ -504,9 +506,9 @@ std::string describe(const Failure& f, const std::string& kernel) {
 }
 
 const char* element_name(msl::Element e) {
-  static const char* const names[] = {"struct", "uint8", "int8",    "uint16",   "int16",   "uint32",
-                                      "int32",  "uint64", "int64",  "float16",  "bfloat16", "float32",
-                                      "bool"};
+  static const char* const names[] = {"struct",   "uint8",   "int8",   "uint16", "int16",
+                                      "uint32",   "int32",   "uint64", "int64",  "float16",
+                                      "bfloat16", "float32", "bool"};
   return names[e];
 }
 
@@ -520,9 +522,9 @@ void check_bindings(const msl::Kernel& kernel, const std::vector<Binding>& bindi
     const Binding& b = bindings[static_cast<size_t>(p.index)];
     if (!b.bound) throw std::runtime_error(name + buffer + " is never set by the host");
     if (p.pointer != b.is_tensor) {
-      throw std::runtime_error(name + buffer + " is " +
-                               (p.pointer ? "a pointer, the host sets a value"
-                                          : "a value, the host sets a tensor"));
+      throw std::runtime_error(
+          name + buffer + " is " +
+          (p.pointer ? "a pointer, the host sets a value" : "a value, the host sets a tensor"));
     }
     if (p.pointer && p.element != b.element) {
       throw std::runtime_error(name + buffer + " points to " + element_name(p.element) +
@@ -738,7 +740,9 @@ static void exchange(const void* site, bool is_barrier, int flags) {
   sim::leave();
 }
 
-void msl_simdgroup_barrier(const void* site, int flags) { exchange(site, true, flags); }
+void msl_simdgroup_barrier(const void* site, int flags) {
+  exchange(site, true, flags);
+}
 
 const msl::Lanes* msl_simdgroup_exchange(const void* value, msl::u32 size, const void* site) {
   sim::Machine& m = machine();
@@ -750,25 +754,29 @@ const msl::Lanes* msl_simdgroup_exchange(const void* value, msl::u32 size, const
   return lanes;
 }
 
-msl::u32 msl_lane() { return machine().current->thread.thread_index_in_simdgroup; }
+msl::u32 msl_lane() {
+  return machine().current->thread.thread_index_in_simdgroup;
+}
 
-void msl_fail(const char* message) { sim::fail_at(message, __builtin_return_address(0)); }
+void msl_fail(const char* message) {
+  sim::fail_at(message, __builtin_return_address(0));
+}
 
 // ---- the callbacks of clang's instrumentation --------------------------------------------------
 
 void __tsan_init() {}
-#define MKRS_ACCESS(SIZE)                                                                    \
-  void __tsan_read##SIZE(void* p) {                                                          \
-    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, false, __builtin_return_address(0));   \
-  }                                                                                          \
-  void __tsan_write##SIZE(void* p) {                                                         \
-    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, true, __builtin_return_address(0));    \
-  }                                                                                          \
-  void __tsan_unaligned_read##SIZE(void* p) {                                                \
-    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, false, __builtin_return_address(0));   \
-  }                                                                                          \
-  void __tsan_unaligned_write##SIZE(void* p) {                                               \
-    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, true, __builtin_return_address(0));    \
+#define MKRS_ACCESS(SIZE)                                                                  \
+  void __tsan_read##SIZE(void* p) {                                                        \
+    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, false, __builtin_return_address(0)); \
+  }                                                                                        \
+  void __tsan_write##SIZE(void* p) {                                                       \
+    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, true, __builtin_return_address(0));  \
+  }                                                                                        \
+  void __tsan_unaligned_read##SIZE(void* p) {                                              \
+    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, false, __builtin_return_address(0)); \
+  }                                                                                        \
+  void __tsan_unaligned_write##SIZE(void* p) {                                             \
+    sim::access(reinterpret_cast<uintptr_t>(p), SIZE, true, __builtin_return_address(0));  \
   }
 MKRS_ACCESS(1)
 MKRS_ACCESS(2)
@@ -803,8 +811,10 @@ void* __tsan_memset(void* to, int value, size_t n) {
   return std::memset(to, value, n);
 }
 
-#define MKRS_UB(NAME, MESSAGE) \
-  void __ubsan_handle_##NAME##_minimal() { sim::fail_at(MESSAGE, __builtin_return_address(0)); }
+#define MKRS_UB(NAME, MESSAGE)                          \
+  void __ubsan_handle_##NAME##_minimal() {              \
+    sim::fail_at(MESSAGE, __builtin_return_address(0)); \
+  }
 MKRS_UB(type_mismatch, "misaligned access: the address is no multiple of the type's alignment")
 MKRS_UB(out_of_bounds, "out of bounds: an index past the end of an array")
 MKRS_UB(divrem_overflow, "an integer division by zero, or one that overflows")

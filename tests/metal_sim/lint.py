@@ -89,7 +89,12 @@ def token_rules(source: str) -> list[str]:
                 problems.append(
                     f"line {_line(p, i)}: '{' '.join(declaration)} {text}' names no address space"
                 )
-        if text == "(" and statement and p.text(p.next(i)) == "*" and p.text(statement[-1]) in types:
+        if (
+            text == "("
+            and statement
+            and p.text(p.next(i)) == "*"
+            and p.text(statement[-1]) in types
+        ):
             problems.append(f"line {_line(p, i)}: a pointer to a function")
         if text == "{":
             head = [p.text(k) for k in statement]
@@ -113,7 +118,15 @@ def address_spaces(source: str) -> str:
         if name != identifier
     )
     text = '#include "msl_lint.h"\n' + result.source + "\n" + instances
-    command = [str(zig()), "clang", "-x", "clcpp", "-cl-std=CLC++2021", "-cl-no-stdinc", "-nostdinc"]
+    command = [
+        str(zig()),
+        "clang",
+        "-x",
+        "clcpp",
+        "-cl-std=CLC++2021",
+        "-cl-no-stdinc",
+        "-nostdinc",
+    ]
     # The generic address space stays (copies of structs need it): token_rules finds unnamed ones.
     command += ["-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64"]
     command += ["-fsyntax-only", "-Wno-everything", f"-I{INCLUDE}", "-"]

@@ -21,7 +21,7 @@ TOKEN = re.compile(
     r"|(?P<mark>::|->|<<=|>>=|\+\+|--|&&|\|\||<<|[-+*/%&|^<>=!]=|[^\s\w])",
     re.MULTILINE | re.DOTALL,
 )
-SCALARS = ("char uchar short ushort int uint long ulong half bfloat float").split()
+SCALARS = ["char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float"]
 VECTORS = {f"{scalar}{n}" for scalar in SCALARS for n in (2, 3, 4)}
 SPACES = {
     "device": "__global",
@@ -246,7 +246,10 @@ class Prepass:
         kind = f"msl_type_{name}"
         if self.mode == "lint":
             # OpenCL wants local variables in kernels only, and templates are none there.
-            return f"typedef {base}{kind}{extent}; __local {kind}& {name} = *(__local {kind}*)0", end
+            return (
+                f"typedef {base}{kind}{extent}; __local {kind}& {name} = *(__local {kind}*)0",
+                end,
+            )
         return (
             f"typedef {base}{kind}{extent}; "
             f'static const msl::Slot msl_slot_{name} = {{"{name}", sizeof({kind})}}; '

@@ -118,9 +118,15 @@ using torch::aot_inductor::tensor_handle_to_tensor_pointer;
 
 extern "C" {
 
-void sim_set_compiler(sim::Compiler c) { sim::compiler = c; }
-void sim_set_seed(uint64_t seed) { sim::options().seed = seed; }
-void sim_set_count(int count) { sim::options().count = count != 0; }
+void sim_set_compiler(sim::Compiler c) {
+  sim::compiler = c;
+}
+void sim_set_seed(uint64_t seed) {
+  sim::options().seed = seed;
+}
+void sim_set_count(int count) {
+  sim::options().count = count != 0;
+}
 void sim_reset() {
   sim::dispatches().clear();
   sim::kernels_run().clear();
@@ -132,109 +138,98 @@ const char* sim_report() {
 }
 
 AOTITorchError aoti_torch_mps_create_shader_library(const char* source,
-                                                    AOTIMetalShaderLibraryHandle* result) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    TORCH_CHECK(sim::compiler != nullptr, "the simulator has no compiler");
-    std::string answer(1 << 16, '\0');
-    const int status = sim::compiler(source, answer.data(), answer.size());
-    answer.resize(answer.find('\0'));
-    TORCH_CHECK(status == 0, "Failed to create metal library, error: ", answer);
-    auto library = std::make_unique<sim::Library>();
-    library->handle = dlopen(answer.c_str(), RTLD_NOW | RTLD_LOCAL);
-    TORCH_CHECK(library->handle != nullptr, "cannot load compiled kernels: ", dlerror());
-    *result = reinterpret_cast<AOTIMetalShaderLibraryHandle>(library.release());
-  })
-}
+                                                    AOTIMetalShaderLibraryHandle* result){
+    AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+      TORCH_CHECK(sim::compiler != nullptr, "the simulator has no compiler");
+      std::string answer(1 << 16, '\0');
+      const int status = sim::compiler(source, answer.data(), answer.size());
+      answer.resize(answer.find('\0'));
+      TORCH_CHECK(status == 0, "Failed to create metal library, error: ", answer);
+      auto library = std::make_unique<sim::Library>();
+      library->handle = dlopen(answer.c_str(), RTLD_NOW | RTLD_LOCAL);
+      TORCH_CHECK(library->handle != nullptr, "cannot load compiled kernels: ", dlerror());
+      *result = reinterpret_cast<AOTIMetalShaderLibraryHandle>(library.release());
+    })}
 
-AOTITorchError aoti_torch_mps_delete_shader_library(AOTIMetalShaderLibraryHandle handle) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
-      { delete reinterpret_cast<sim::Library*>(handle); })
-}
+AOTITorchError aoti_torch_mps_delete_shader_library(AOTIMetalShaderLibraryHandle handle){
+    AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ delete reinterpret_cast<sim::Library*>(handle); })}
 
-AOTITorchError aoti_torch_mps_get_kernel_function(AOTIMetalShaderLibraryHandle handle,
-                                                  const char* name,
-                                                  AOTIMetalKernelFunctionHandle* result) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    auto* library = reinterpret_cast<sim::Library*>(handle);
-    std::unique_ptr<sim::Function>& known = library->functions[name];
-    if (!known) {
-      const auto* kernels =
-          static_cast<const msl::Kernel*>(dlsym(library->handle, "msl_kernels"));
-      const auto* count = static_cast<const int*>(dlsym(library->handle, "msl_kernel_count"));
-      TORCH_CHECK(kernels != nullptr && count != nullptr, "not a library of kernels");
-      for (int i = 0; i < *count; ++i) {
-        if (std::string(kernels[i].name) == name) {
-          known = std::make_unique<sim::Function>();
-          known->kernel = &kernels[i];
-        }
-      }
-      TORCH_CHECK(known != nullptr, "Failed to create function state object for: ", name);
-    }
-    *result = reinterpret_cast<AOTIMetalKernelFunctionHandle>(known.get());
-  })
-}
+AOTITorchError
+    aoti_torch_mps_get_kernel_function(AOTIMetalShaderLibraryHandle handle, const char* name,
+                                       AOTIMetalKernelFunctionHandle* result){
+        AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+          auto* library = reinterpret_cast<sim::Library*>(handle);
+          std::unique_ptr<sim::Function>& known = library->functions[name];
+          if (!known) {
+            const auto* kernels =
+                static_cast<const msl::Kernel*>(dlsym(library->handle, "msl_kernels"));
+            const auto* count = static_cast<const int*>(dlsym(library->handle, "msl_kernel_count"));
+            TORCH_CHECK(kernels != nullptr && count != nullptr, "not a library of kernels");
+            for (int i = 0; i < *count; ++i) {
+              if (std::string(kernels[i].name) == name) {
+                known = std::make_unique<sim::Function>();
+                known->kernel = &kernels[i];
+              }
+            }
+            TORCH_CHECK(known != nullptr, "Failed to create function state object for: ", name);
+          }
+          *result = reinterpret_cast<AOTIMetalKernelFunctionHandle>(known.get());
+        })}
 
-AOTITorchError aoti_torch_mps_start_encoding(AOTIMetalKernelFunctionHandle handle) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    sim::Function* f = function_of(handle);
-    TORCH_CHECK(f->in_block, "start_encoding outside run_command_block");
-    f->encoding = true;
-    for (sim::Binding& b : f->bindings) b = sim::Binding();
-  })
-}
+AOTITorchError aoti_torch_mps_start_encoding(AOTIMetalKernelFunctionHandle handle){
+    AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+      sim::Function* f = function_of(handle);
+      TORCH_CHECK(f->in_block, "start_encoding outside run_command_block");
+      f->encoding = true;
+      for (sim::Binding& b : f->bindings) b = sim::Binding();
+    })}
 
 AOTITorchError aoti_torch_mps_set_arg_tensor(AOTIMetalKernelFunctionHandle handle, unsigned index,
-                                             AtenTensorHandle tensor) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    sim::Function* f = function_of(handle);
-    const at::Tensor& t = *tensor_handle_to_tensor_pointer(tensor);
-    TORCH_CHECK(t.is_mps(), "Expected all tensors to be on mps, buffer ", index, " is on ",
-                t.device());
-    sim::Binding& b = sim::slot(f, index, "set_arg_tensor");
-    const sim::Extent e = sim::extent_of(t);
-    TORCH_CHECK(e.begin != nullptr, "kernel ", f->kernel->name, ": buffer ", index,
-                " is an empty tensor without memory");
-    std::ostringstream what;
-    what << t.scalar_type() << " tensor " << t.sizes();
-    b.bound = b.is_tensor = true;
-    b.element = sim::element_of(t);
-    b.data = e.begin;
-    b.size = e.size;
-    b.written = e.size == 0 ? nullptr : sim::written_at(e.begin);
-    b.what = what.str();
-  })
-}
+                                             AtenTensorHandle tensor){
+    AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+      sim::Function* f = function_of(handle);
+      const at::Tensor& t = *tensor_handle_to_tensor_pointer(tensor);
+      TORCH_CHECK(t.is_mps(), "Expected all tensors to be on mps, buffer ", index, " is on ",
+                  t.device());
+      sim::Binding& b = sim::slot(f, index, "set_arg_tensor");
+      const sim::Extent e = sim::extent_of(t);
+      TORCH_CHECK(e.begin != nullptr, "kernel ", f->kernel->name, ": buffer ", index,
+                  " is an empty tensor without memory");
+      std::ostringstream what;
+      what << t.scalar_type() << " tensor " << t.sizes();
+      b.bound = b.is_tensor = true;
+      b.element = sim::element_of(t);
+      b.data = e.begin;
+      b.size = e.size;
+      b.written = e.size == 0 ? nullptr : sim::written_at(e.begin);
+      b.what = what.str();
+    })}
 
-AOTITorchError aoti_torch_mps_set_arg_int(AOTIMetalKernelFunctionHandle handle, unsigned index,
-                                          int64_t value) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    sim::Function* f = function_of(handle);
-    sim::Binding& b = sim::slot(f, index, "set_arg_int");
-    f->values[index] = value;
-    b.bound = true;
-    b.is_tensor = false;
-    b.data = reinterpret_cast<char*>(&f->values[index]);
-    b.size = 8;
-    b.written = nullptr;
-    b.what = "value";
-  })
-}
+AOTITorchError
+    aoti_torch_mps_set_arg_int(AOTIMetalKernelFunctionHandle handle, unsigned index,
+                               int64_t value){AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+      sim::Function* f = function_of(handle);
+      sim::Binding& b = sim::slot(f, index, "set_arg_int");
+      f->values[index] = value;
+      b.bound = true;
+      b.is_tensor = false;
+      b.data = reinterpret_cast<char*>(&f->values[index]);
+      b.size = 8;
+      b.written = nullptr;
+      b.what = "value";
+    })}
 
-AOTITorchError aoti_torch_mps_dispatch_array_with_group_size(AOTIMetalKernelFunctionHandle handle,
-                                                             const uint64_t* length,
-                                                             size_t length_size,
-                                                             const uint64_t* group_size,
-                                                             size_t group_size_size) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
-      { sim::launch(function_of(handle), length, length_size, group_size, group_size_size); })
-}
+AOTITorchError aoti_torch_mps_dispatch_array_with_group_size(
+    AOTIMetalKernelFunctionHandle handle, const uint64_t* length, size_t length_size,
+    const uint64_t* group_size, size_t group_size_size){AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+  sim::launch(function_of(handle), length, length_size, group_size, group_size_size);
+})}
 
 AOTITorchError aoti_torch_mps_dispatch_single_with_group_size(AOTIMetalKernelFunctionHandle handle,
-                                                              uint64_t length,
-                                                              uint64_t group_size) {
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
-      { sim::launch(function_of(handle), &length, 1, &group_size, 1); })
-}
+                                                              uint64_t length, uint64_t group_size){
+    AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+      sim::launch(function_of(handle), &length, 1, &group_size, 1);
+    })}
 
 AOTITorchError aoti_torch_mps_run_command_block(AOTIMetalKernelFunctionHandle handle,
                                                 aoti_torch_mps_command_block_callback_t callback,
@@ -278,8 +273,8 @@ void launch_source(const std::string& source, const std::string& name, at::Tenso
                                           reinterpret_cast<AtenTensorHandle>(&t)));
     }
     for (size_t i = 0; i < values.size(); ++i) {
-      check(aoti_torch_mps_set_arg_int(function, static_cast<unsigned>(value_indices[i]),
-                                       values[i]));
+      check(
+          aoti_torch_mps_set_arg_int(function, static_cast<unsigned>(value_indices[i]), values[i]));
     }
     std::vector<uint64_t> lengths(grid.begin(), grid.end()), groups(group.begin(), group.end());
     check(aoti_torch_mps_dispatch_array_with_group_size(function, lengths.data(), lengths.size(),
@@ -300,4 +295,6 @@ TORCH_LIBRARY(metal_sim, m) {
       "launch(str source, str name, Tensor[] tensors, int[] tensor_indices, int[] values, "
       "int[] value_indices, int[] grid, int[] group) -> ()");
 }
-TORCH_LIBRARY_IMPL(metal_sim, CompositeExplicitAutograd, m) { m.impl("launch", launch_source); }
+TORCH_LIBRARY_IMPL(metal_sim, CompositeExplicitAutograd, m) {
+  m.impl("launch", launch_source);
+}

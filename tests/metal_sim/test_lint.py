@@ -85,7 +85,10 @@ BROKEN = {
         "kernel void k(device float* a [[buffer(0)]], constant float& c [[buffer(1)]]) { c = a[0]; }",
         "const",
     ),
-    "double": ("kernel void k(device float* a [[buffer(0)]]) { double d = 1; a[0] = d; }", "double"),
+    "double": (
+        "kernel void k(device float* a [[buffer(0)]]) { double d = 1; a[0] = d; }",
+        "double",
+    ),
     "new": ("kernel void k(device float* a [[buffer(0)]]) { thread int* p = new int; }", "heap"),
     "virtual": (
         "struct S { virtual float f(); };\nkernel void k(device float* a [[buffer(0)]]) {}",
@@ -141,5 +144,7 @@ def test_broken_rules_are_found(rule: str) -> None:
 
 
 def test_contraction_must_be_off() -> None:
-    source = "#include <metal_stdlib>\nkernel void k(device float* a [[buffer(0)]]) { a[0] = 1.0f; }"
+    source = (
+        "#include <metal_stdlib>\nkernel void k(device float* a [[buffer(0)]]) { a[0] = 1.0f; }"
+    )
     assert any("contract(off)" in p for p in check(source))

@@ -52,7 +52,8 @@ def wheel(version: str) -> Path:
         wanted = [
             n
             for n in archive.namelist()
-            if n.startswith("torch/include/") or (n.startswith("torch/lib/") and n.endswith("dylib"))
+            if n.startswith("torch/include/")
+            or (n.startswith("torch/lib/") and n.endswith("dylib"))
         ]
         archive.extractall(folder, wanted)
     return folder

@@ -145,8 +145,12 @@ def tables() -> str:
             f"| {rows} | {bits} | {kernel} | {t.floor} | {t.fetched + t.written} | {t.ratio:.3f} | "
             f"{t.codes:.2f} times |"
         )
-    lines += ["", "ALU operations a weight in the decode kernel's loop over 16 codes of a row (affine); preparing"
-        " the 16 activations costs 16 additions and 16 multiplications more for 4 rows:", ""]
+    lines += [
+        "",
+        "ALU operations a weight in the decode kernel's loop over 16 codes of a row (affine); preparing"
+        " the 16 activations costs 16 additions and 16 multiplications more for 4 rows:",
+        "",
+    ]
     counts = {bits: alu(bits) for bits in (8, 4, 2)}
     kinds = sorted({kind for c in counts.values() for kind in c})
     lines += ["| bits | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]

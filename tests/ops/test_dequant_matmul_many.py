@@ -75,9 +75,7 @@ def test_opcheck(device):
         checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
         if device.type != "mps":  # opcheck itself says "NYI" about mps
             checks.append("test_autograd_registration")
-        torch.library.opcheck(
-            torch.ops.mkrs.dequant_matmul_many.default, args, test_utils=checks
-        )
+        torch.library.opcheck(torch.ops.mkrs.dequant_matmul_many.default, args, test_utils=checks)
 
 
 def test_arguments(device):
