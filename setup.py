@@ -13,6 +13,7 @@ Build with ``pip install --no-build-isolation .``: an isolated build would fetch
 import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def extension() -> "cpp_extension.Extension":
     kind = cpp_extension.CppExtension
     if sys.platform == "darwin":
         files += sources("csrc/mps/*.cpp", "csrc/mps/*.mm")
+        # The Metal sources travel inside the binary as text: torch compiles them at first use.
+        shaders = "build/shader_sources.cpp"
+        subprocess.run([sys.executable, "csrc/mps/embed_shaders.py", shaders], cwd=ROOT, check=True)
+        files.append(shaders)
         macros.append(("MKRS_MPS", None))
         link_args += ["-framework", "Metal", "-framework", "Foundation"]
     elif platform.system() == "Linux":
@@ -80,7 +85,7 @@ def extension() -> "cpp_extension.Extension":
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        depends=sources("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cuh"),
+        depends=sources("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cuh", "mps_kernels/*"),
         py_limited_api=True,
     )
 
