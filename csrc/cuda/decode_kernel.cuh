@@ -1,0 +1,442 @@
+// Floor: codes and scales read once over the memory bandwidth. At 4 bits an H100 then has to take in
+// about 20 weights a clock and multiprocessor, 6 instructions a weight if all issue slots were used.
+//
+// - The weights are the 16-row operand of m16n8k16, the activations its 8 columns, so one row of
+//   activations or sixteen cost about the same, and a weight costs two instructions.
+// - Codes become exact integers q - c; scale and shift are applied to the f32 sums of each run of
+//   k inside one group: scale * sum((q - c) x) + shift * sum(x), where sum(x) is a product with ones.
+//   So weights are never rounded to the activations' type.
+// - A block stays on its multiprocessor and walks over tiles of 16 rows; the activations are staged in
+//   shared memory once, in the order in which unpacking delivers the codes.
+// - K is split over the warps in units of 128 code bytes a row. Each warp streams its own units through
+//   a private ring of asynchronous copies, so that no barrier stands between memory and the tensor
+//   cores; warps meet once a tile, to add their partial sums in a fixed order.
+#pragma once
+
+#include "decode.cuh"
+#include "mma.cuh"
+
+namespace mkrs::cuda {
+
+// Runs of products inside one group that a unit consists of; group sizes above 64 repeat their scale.
+template <int BITS, int RUN>
+constexpr int kRunsPerUnit = 1024 / BITS / (16 * RUN);
+
+template <int BITS, int RUN>
+constexpr int kPairBytes = kRunsPerUnit<BITS, RUN>* kDecodeRows * 8;  // (scale, shift) of a unit
+
+template <int P>
+__device__ __forceinline__ void interleave(uint32_t (&w)[8]) {  // 16 elements, two a word
+  if constexpr (P > 1) {
+    uint32_t v[8];
+    constexpr int kWords = P / 2;
+#pragma unroll
+    for (int b = 0; b < 8; b += kWords) {
+#pragma unroll
+      for (int i = 0; i < kWords / 2; ++i) {
+        v[b + 2 * i] = __byte_perm(w[b + i], w[b + i + kWords / 2], 0x5410);
+        v[b + 2 * i + 1] = __byte_perm(w[b + i], w[b + i + kWords / 2], 0x7632);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = v[i];
+  }
+}
+
+__device__ __forceinline__ uint32_t pack_high_halves(float a, float b) {
+  return __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
+}
+
+// Three bf16 limbs whose sum is x exactly, by truncation; inf and NaN stay in the first.
+__device__ __forceinline__ void split_limbs(float x, float (&limb)[kLimbs]) {
+  const float top = __uint_as_float(__float_as_uint(x) & 0xffff0000u);
+  const bool finite = fabsf(x) <= 3.402823466e38f;
+  limb[0] = finite ? top : x == x ? x : __uint_as_float(0x7fc00000u);
+  const float rest = finite ? x - top : 0.0f;
+  limb[1] = __uint_as_float(__float_as_uint(rest) & 0xffff0000u);
+  limb[2] = rest - limb[1];
+}
+
+// 16 activations of one row, zeros past the end, as the words of each limb.
+template <typename T, int P>
+__device__ __forceinline__ void stage_block(const DecodeParams& p, int row, int64_t k, int64_t end,
+                                            T* staged, int column, int local) {
+  uint32_t words[8];
+  const auto store = [&](int limb) {
+    interleave<P>(words);
+    uint4* target =
+        reinterpret_cast<uint4*>(staged + static_cast<int64_t>(column + limb) * p.x_row + local);
+    target[0] = make_uint4(words[0], words[1], words[2], words[3]);
+    target[1] = make_uint4(words[4], words[5], words[6], words[7]);
+  };
+  if (p.type == Float::F32) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const float* x = static_cast<const float*>(p.x) + row * p.x_stride;
+      float limbs[16][kLimbs];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) split_limbs(k + i < end ? __ldg(x + k + i) : 0.0f, limbs[i]);
+#pragma unroll
+      for (int l = 0; l < kLimbs; ++l) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) words[i] = pack_high_halves(limbs[2 * i][l], limbs[2 * i + 1][l]);
+        store(l);
+      }
+    }
+    return;
+  }
+  const unsigned short* x = static_cast<const unsigned short*>(p.x) + row * p.x_stride;
+  if (p.x_aligned && k + 16 <= end) {
+    const uint4 low = __ldg(reinterpret_cast<const uint4*>(x + k));
+    const uint4 high = __ldg(reinterpret_cast<const uint4*>(x + k) + 1);
+    words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
+    words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t a = k + 2 * i < end ? __ldg(x + k + 2 * i) : 0;
+      const uint32_t b = k + 2 * i + 1 < end ? __ldg(x + k + 2 * i + 1) : 0;
+      words[i] = a | b << 16;
+    }
+  }
+  store(0);
+}
+
+// Where a warp is in the block's sequence of units: unit u is chunk u % count of tile u / count.
+struct Cursor {
+  int tile;
+  int chunk;
+  __device__ __forceinline__ void advance(int tiles, int chunks, int count) {
+    tile += tiles;
+    chunk += chunks;
+    if (chunk >= count) {
+      chunk -= count;
+      ++tile;
+    }
+  }
+};
+
+template <typename T, int BITS, int RUN, int TILES>
+__global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const DecodeParams p) {
+  constexpr int kUnit = 8 * kUnitBytes / BITS;       // elements of a row in a unit
+  constexpr int kRuns = kRunsPerUnit<BITS, RUN>;
+  constexpr int kPairsPerLane = kRuns / 2;           // 16 rows x kRuns over 32 lanes
+  constexpr int kRunBytes = 2 * RUN * BITS;          // of a row
+  constexpr int kLaneBytes = kRunBytes / 4;
+  constexpr int kLaneWords = (RUN * BITS + 7) / 8;
+  constexpr int kSwizzle = kRunBytes >= 16 ? kRunBytes / 16 : 1;
+  extern __shared__ __align__(128) unsigned char shared[];
+
+  const int warps = blockDim.x / 32;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int columns = p.m * p.limbs;
+  const QuantizedWeight& w = p.w;
+
+  const int first_chunk = blockIdx.y * p.split_chunks;
+  const int count = min(p.split_chunks, p.chunks - first_chunk);
+  const int tile_begin =
+      static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.tiles / gridDim.x);
+  const int tile_end =
+      static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * p.tiles / gridDim.x);
+  const int units = (tile_end - tile_begin) * count;
+  const int mine = units > warp ? (units - warp + warps - 1) / warps : 0;
+  const int step_tiles = warps / count;
+  const int step_chunks = warps % count;
+
+  T* staged = reinterpret_cast<T*>(shared);
+  unsigned char* rings = shared + static_cast<int64_t>(columns) * p.x_row * sizeof(T);
+  unsigned char* ring = rings + warp * p.stages * kSlotBytes;
+  const uint32_t ring_address = shared_address(ring);
+  unsigned char* all_pairs = rings + warps * p.stages * kSlotBytes;
+  float2* pairs = reinterpret_cast<float2*>(all_pairs + warp * 2 * kPairBytes<BITS, RUN>);
+  float* partials = reinterpret_cast<float*>(all_pairs + warps * 2 * kPairBytes<BITS, RUN>);
+  const int partial_size = warps * columns * kDecodeRows;
+
+  // ---- the stream of codes ----
+  const int64_t row_bytes = (w.in_features * BITS + 7) / 8;
+  const auto issue = [&](const Cursor& at, int slot) {
+    const int64_t byte = static_cast<int64_t>(at.chunk + first_chunk) * kUnitBytes + lane % 8 * 16;
+    const int64_t left = row_bytes - byte;
+    const int valid = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
+    const int64_t row0 = static_cast<int64_t>(at.tile) * kDecodeRows + lane / 8;
+    const uint8_t* source = w.codes + row0 * w.codes_stride + byte;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = lane / 8 + 4 * i;
+      const int n = row0 + 4 * i < w.rows ? valid : 0;
+      const int offset = r * kUnitBytes + ((lane % 8) ^ (r * kSwizzle & 7)) * 16;
+      const uint8_t* from = n > 0 ? source + 4 * i * w.codes_stride : w.codes;
+      if (p.codes_aligned) {
+        copy_async_16(ring_address + slot * kSlotBytes + offset, from, n);
+      } else {
+        uint32_t v[4] = {};
+#pragma unroll
+        for (int b = 0; b < 16; ++b) {
+          if (b < n) v[b / 4] |= static_cast<uint32_t>(__ldg(from + b)) << (b % 4 * 8);
+        }
+        *reinterpret_cast<uint4*>(ring + slot * kSlotBytes + offset) =
+            make_uint4(v[0], v[1], v[2], v[3]);
+      }
+    }
+  };
+
+  // ---- scales: loaded a unit ahead into registers, shared with the warp as (scale, shift) ----
+  uint32_t raw_scale[kPairsPerLane];
+  uint32_t raw_zero[kPairsPerLane];
+  const auto fetch = [&](const Cursor& at) {
+    const int64_t row = static_cast<int64_t>(at.tile) * kDecodeRows + lane % 16;
+    const int64_t scale_row = row * w.scale_stride;
+    const int64_t zero_row = row * w.zero_stride;
+#pragma unroll
+    for (int i = 0; i < kPairsPerLane; ++i) {
+      const int run = lane / 16 + 2 * i;
+      const int64_t k = static_cast<int64_t>(at.chunk + first_chunk) * kUnit + run * 16 * RUN;
+      const bool inside = row < w.rows && k < w.in_features;
+      const int64_t group = k >> p.shift;
+      // Zeros where there is no group, so that staged zeros meet finite numbers.
+      raw_scale[i] = inside ? load_raw(w.scale, scale_row + group, w.scale_type) : 0;
+      raw_zero[i] = 0;
+      if (inside && w.scheme == Scheme::Affine) {
+        raw_zero[i] = load_raw(w.zero, zero_row + group, w.scale_type);
+      } else if (inside && w.scheme == Scheme::Asymmetric) {
+        raw_zero[i] = __ldg(static_cast<const uint8_t*>(w.zero) + zero_row + group);
+      }
+    }
+  };
+  const auto share = [&](int buffer) {
+    constexpr float kCenter = 1 << (BITS - 1);
+#pragma unroll
+    for (int i = 0; i < kPairsPerLane; ++i) {
+      const float scale = raw_to_float(raw_scale[i], w.scale_type);
+      float shift = 0.0f;
+      if (w.scheme == Scheme::Affine) {
+        shift = fmaf(scale, kCenter, raw_to_float(raw_zero[i], w.scale_type));
+      } else if (w.scheme == Scheme::Asymmetric) {
+        shift = scale * (kCenter - static_cast<float>(raw_zero[i]));
+      }
+      pairs[buffer * (kRuns * kDecodeRows) + lane + 32 * i] = make_float2(scale, shift);
+    }
+  };
+
+  const Cursor start{tile_begin + warp / count, warp % count};
+  Cursor issue_at = start;
+  Cursor fetch_at = start;
+  Cursor at = start;
+  for (int s = 0; s < p.stages - 1; ++s) {
+    if (s < mine) {
+      issue(issue_at, s);
+      issue_at.advance(step_tiles, step_chunks, count);
+    }
+    copy_async_commit();
+  }
+  if (mine > 0) fetch(fetch_at);
+
+  // ---- activations, while the first units travel ----
+  {
+    const int blocks = count * (kUnit / 16);
+    const int64_t first = static_cast<int64_t>(first_chunk) * kUnit;
+    for (int i = threadIdx.x; i < blocks * p.m; i += blockDim.x) {
+      const int row = i / blocks;
+      const int local = (i - row * blocks) * 16;
+      stage_block<T, kInterleave<T, BITS, RUN>>(p, row, first + local, w.in_features, staged,
+                                                row * p.limbs, local);
+    }
+  }
+  if (mine > 0) {
+    share(0);
+    fetch_at.advance(step_tiles, step_chunks, count);
+    if (mine > 1) fetch(fetch_at);
+  }
+  __syncthreads();
+
+  const bool shifted = w.scheme != Scheme::Symmetric;
+  const T kind{};
+  int done = 0;       // units of this warp
+  int slot = 0;       // of unit `done`
+  int round = 0;
+  for (int tile = tile_begin; tile < tile_end; tile += p.round_tiles, ++round) {
+    const int tiles = min(p.round_tiles, tile_end - tile);
+    const int range_begin = (tile - tile_begin) * count;
+    const int range_end = range_begin + tiles * count;
+    const int first_unit = done * warps + warp;
+    float acc[TILES][4] = {};
+    for (; done * warps + warp < range_end; ++done) {
+      const int ahead = done + p.stages - 1;
+      if (ahead < mine) {
+        issue(issue_at, slot == 0 ? p.stages - 1 : slot - 1);
+        issue_at.advance(step_tiles, step_chunks, count);
+      }
+      copy_async_commit();
+      if (done + 1 < mine) {
+        share((done + 1) & 1);
+        fetch_at.advance(step_tiles, step_chunks, count);
+        if (done + 2 < mine) fetch(fetch_at);
+      }
+      // All but the stages - 1 youngest groups have landed: unit `done` is there.
+      if (p.stages >= 4) {
+        copy_async_wait<3>();
+      } else if (p.stages == 3) {
+        copy_async_wait<2>();
+      } else {
+        copy_async_wait<1>();
+      }
+      __syncwarp();
+
+      const unsigned char* codes = ring + slot * kSlotBytes;
+      const float2* unit_pairs = pairs + (done & 1) * (kRuns * kDecodeRows);
+      const T* x = staged + static_cast<int64_t>(g) * p.x_row + at.chunk * kUnit + t * RUN * 4;
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) {
+        const int byte = run * kRunBytes + t * kLaneBytes;
+        const unsigned char* source =
+            codes + g * kUnitBytes + (((byte / 16) ^ (g * kSwizzle & 7)) * 16) + byte % 16;
+        uint32_t a[2][RUN][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t v[kLaneWords];
+          const unsigned char* from = source + half * 8 * kUnitBytes;
+          if constexpr (kLaneBytes == 16) {
+            const uint4 q = *reinterpret_cast<const uint4*>(from);
+            v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+          } else if constexpr (kLaneBytes == 8) {
+            const uint2 q = *reinterpret_cast<const uint2*>(from);
+            v[0] = q.x, v[1] = q.y;
+          } else if constexpr (kLaneBytes == 4) {
+            v[0] = *reinterpret_cast<const uint32_t*>(from);
+          } else if constexpr (kLaneBytes == 2) {
+            v[0] = *reinterpret_cast<const unsigned short*>(from);
+          } else {
+            v[0] = *from;
+          }
+          unpack_codes<T, BITS, RUN>(v, a[half]);
+        }
+        const float2 low = unit_pairs[run * kDecodeRows + g];
+        const float2 high = unit_pairs[run * kDecodeRows + g + 8];
+#pragma unroll
+        for (int tc = 0; tc < TILES; ++tc) {
+          uint32_t b[RUN * 2];
+          if (tc * 8 + g < columns) {
+            const T* from = x + static_cast<int64_t>(tc) * 8 * p.x_row + run * RUN * 16;
+            if constexpr (RUN == 1) {
+              const uint2 v = *reinterpret_cast<const uint2*>(from);
+              b[0] = v.x, b[1] = v.y;
+            } else {
+#pragma unroll
+              for (int i = 0; i < RUN / 2; ++i) {
+                const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+                b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
+              }
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < RUN * 2; ++i) b[i] = 0;
+          }
+          float sum[4] = {};
+#pragma unroll
+          for (int j = 0; j < RUN; ++j) {
+            mma(sum, a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j], b[2 * j + 1], kind);
+          }
+          acc[tc][0] = fmaf(low.x, sum[0], acc[tc][0]);
+          acc[tc][1] = fmaf(low.x, sum[1], acc[tc][1]);
+          acc[tc][2] = fmaf(high.x, sum[2], acc[tc][2]);
+          acc[tc][3] = fmaf(high.x, sum[3], acc[tc][3]);
+          if (shifted) {
+            float ones[4] = {};
+            constexpr uint32_t kOne = kOnes<T>;
+#pragma unroll
+            for (int j = 0; j < RUN; ++j) {
+              mma(ones, kOne, kOne, kOne, kOne, b[2 * j], b[2 * j + 1], kind);
+            }
+            acc[tc][0] = fmaf(low.y, ones[0], acc[tc][0]);
+            acc[tc][1] = fmaf(low.y, ones[1], acc[tc][1]);
+            acc[tc][2] = fmaf(high.y, ones[0], acc[tc][2]);
+            acc[tc][3] = fmaf(high.y, ones[1], acc[tc][3]);
+          }
+        }
+      }
+      at.advance(step_tiles, step_chunks, count);
+      slot = slot + 1 == p.stages ? 0 : slot + 1;
+      __syncwarp();  // before the next copies overwrite what other lanes were reading
+    }
+
+    // ---- the tile's sums: one slot a participating warp, added in order ----
+    float* buffer = partials + (p.partial_buffers == 2 ? (round & 1) * partial_size : 0);
+    if (first_unit < range_end) {
+      float* own = buffer + (first_unit - range_begin) * columns * kDecodeRows;
+#pragma unroll
+      for (int tc = 0; tc < TILES; ++tc) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = tc * 8 + 2 * t + (i & 1);
+          if (column < columns) own[column * kDecodeRows + g + (i / 2) * 8] = acc[tc][i];
+        }
+      }
+    }
+    __syncthreads();
+    const int slots = min(warps, count);
+    for (int i = threadIdx.x; i < tiles * kDecodeRows * p.m; i += blockDim.x) {
+      const int j = i / (kDecodeRows * p.m);
+      const int m = i / kDecodeRows - j * p.m;
+      const int64_t n = static_cast<int64_t>(tile + j) * kDecodeRows + i % kDecodeRows;
+      float value = 0.0f;
+      for (int s = 0; s < slots; ++s) {
+        const float* from = buffer + (j * count + s) * columns * kDecodeRows + i % kDecodeRows;
+        for (int l = 0; l < p.limbs; ++l) value += from[(m * p.limbs + l) * kDecodeRows];
+      }
+      if (n < w.rows) {
+        if (p.partial != nullptr) {
+          p.partial[(static_cast<int64_t>(blockIdx.y) * p.m + m) * w.rows + n] = value;
+        } else {
+          const int64_t o = m * w.rows + n;
+          if (p.type == Float::F32) {
+            if (p.bias != nullptr) value += __ldg(static_cast<const float*>(p.bias) + n);
+            static_cast<float*>(p.out)[o] = value;
+          } else {
+            if (p.bias != nullptr) value += to_float(static_cast<const T*>(p.bias)[n]);
+            static_cast<T*>(p.out)[o] = from_float<T>(value);
+          }
+        }
+      }
+    }
+    if (p.partial_buffers == 1) __syncthreads();
+  }
+}
+
+template <typename T, int BITS, int RUN, int TILES>
+void launch_decode_kernel(const char* op, const DecodePlan& plan, cudaStream_t stream) {
+  const auto kernel = decode_kernel<T, BITS, RUN, TILES>;
+  check_cuda(op, "asking for shared memory",
+             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  plan.shared_bytes));
+  kernel<<<dim3(plan.blocks, plan.splits), plan.threads, plan.shared_bytes, stream>>>(plan.params);
+  check_launch(op);
+}
+
+template <typename T>
+void launch_decode(const char* op, const DecodePlan& plan, cudaStream_t stream) {
+  const DecodeParams& p = plan.params;
+  const int run = run_of(p.w.group_size, p.w.groups);
+  const bool one_tile = p.m * p.limbs <= 8;
+  dispatch_bits(p.w.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    const auto with_run = [&](auto r) {
+      constexpr int kRun = decltype(r)::value;
+      if (one_tile) {
+        launch_decode_kernel<T, kBits, kRun, 1>(op, plan, stream);
+      } else {
+        launch_decode_kernel<T, kBits, kRun, 2>(op, plan, stream);
+      }
+    };
+    if (run == 4) {
+      with_run(std::integral_constant<int, 4>{});
+    } else if (run == 2) {
+      with_run(std::integral_constant<int, 2>{});
+    } else {
+      with_run(std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+}  // namespace mkrs::cuda

@@ -1,0 +1,48 @@
+#include "sum_partials.cuh"
+
+namespace mkrs::cuda {
+namespace {
+
+constexpr int kColumns = 32;
+constexpr int kMostSlices = 8;
+
+// blockDim is (kColumns, slices): slices share the splits of an output, so that many partial sums are
+// in flight even for a short output.
+template <typename T>
+__global__ void sum_partials_kernel(const float* partial, int64_t splits, int64_t total, int64_t n,
+                                    const T* bias, T* out) {
+  __shared__ float sums[kMostSlices][kColumns];
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
+  float value = 0.0f;
+  if (i < total) {
+#pragma unroll 8
+    for (int64_t s = threadIdx.y; s < splits; s += blockDim.y) value += partial[s * total + i];
+  }
+  sums[threadIdx.y][threadIdx.x] = value;
+  __syncthreads();
+  if (threadIdx.y != 0 || i >= total) return;
+  for (unsigned s = 1; s < blockDim.y; ++s) value += sums[s][threadIdx.x];
+  if (bias != nullptr) value += to_float(bias[i % n]);
+  out[i] = from_float<T>(value);
+}
+
+}  // namespace
+
+void launch_sum_partials(const char* op, const float* partial, int64_t splits, int64_t m, int64_t n,
+                         const void* bias, void* out, Float type, cudaStream_t stream) {
+  const int64_t total = m * n;
+  if (total == 0) return;
+  const int64_t blocks = ceil_div(total, kColumns);
+  MKRS_CHECK(blocks < (int64_t{1} << 31), op, "the output must fit one CUDA grid, got ", total,
+             " elements");
+  const unsigned slices = splits >= 16 ? kMostSlices : splits >= 4 ? 4 : 1;
+  dispatch_float(type, [&](auto element) {
+    using T = decltype(element);
+    sum_partials_kernel<T>
+        <<<static_cast<unsigned>(blocks), dim3(kColumns, slices), 0, stream>>>(
+            partial, splits, total, n, static_cast<const T*>(bias), static_cast<T*>(out));
+  });
+  check_launch(op);
+}
+
+}  // namespace mkrs::cuda
