@@ -1,0 +1,286 @@
+// Floor: the weight read once and codes, scales and zeros written once, over the memory bandwidth.
+//
+// The arithmetic is that of csrc/cpu/generic.inc, operation by operation, so codes, scales and zeros
+// are the same on every device. A group with inf or NaN, or whose scale or offset overflows, cannot be
+// refused from a kernel without waiting for it: its scale is NaN instead, which the Python op reports.
+#include <cfloat>
+
+#include "common.cuh"
+
+namespace mkrs::cuda {
+namespace {
+
+constexpr int kVector = 8;  // elements a lane takes at a time
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;  // rows a thread has in flight
+
+struct Target {
+  uint8_t* codes;
+  void* scale;
+  void* zero;  // uint8 zero points, offsets like scale, or null
+  int64_t rows;
+  int64_t in_features;
+  int64_t stride;  // of the weight's rows, in elements
+  int64_t group_size;
+  int64_t groups;
+  Scheme scheme;
+  Float scale_type;
+};
+
+__device__ __forceinline__ float round_to(Float type, float x) {
+  if (type == Float::F16) return __half2float(__float2half_rn(x));
+  if (type == Float::BF16) return __bfloat162float(__float2bfloat16_rn(x));
+  return x;
+}
+
+__device__ __forceinline__ void store_float(void* data, int64_t i, Float type, float x) {
+  if (type == Float::F32) {
+    static_cast<float*>(data)[i] = x;
+  } else if (type == Float::F16) {
+    static_cast<__half*>(data)[i] = __float2half_rn(x);
+  } else {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+  }
+}
+
+struct Quantizer {
+  float scale;
+  float inverse;
+  float shift;   // subtracted before rounding
+  float center;  // added after rounding
+};
+
+// From a group's range; `index` is where its scale lies. One lane of the group stores.
+template <int BITS>
+__device__ __forceinline__ Quantizer quantizer_of(const Target& t, float low, float high,
+                                                  bool finite, int64_t index, bool store) {
+  constexpr int kLevels = (1 << BITS) - 1;
+  constexpr float kStep = 1.0f / static_cast<float>(kLevels);
+  Quantizer q{0.0f, 0.0f, 0.0f, 0.0f};
+  const bool constant = low == high;
+  if (t.scheme == Scheme::Symmetric) {
+    const float extreme = -low >= high ? low : high;
+    q.scale = round_to(t.scale_type, __fdiv_rn(-extreme, static_cast<float>(1 << (BITS - 1))));
+    q.center = static_cast<float>(1 << (BITS - 1));
+  } else if (t.scheme == Scheme::Asymmetric) {
+    if (constant) {
+      q.scale = round_to(t.scale_type, low);
+    } else {
+      q.scale = round_to(t.scale_type, __fsub_rn(__fmul_rn(fmaxf(high, 0.0f), kStep),
+                                                 __fmul_rn(fminf(low, 0.0f), kStep)));
+    }
+  } else {
+    q.shift = round_to(t.scale_type, low);
+    if (!constant) {
+      q.scale = round_to(t.scale_type, __fsub_rn(__fmul_rn(high, kStep), __fmul_rn(q.shift, kStep)));
+    }
+  }
+  const bool valid = finite && fabsf(q.scale) <= FLT_MAX && fabsf(q.shift) <= FLT_MAX;
+  if (fabsf(q.scale) < FLT_MIN) q.scale = 0.0f;  // its reciprocal could overflow
+  q.inverse = q.scale == 0.0f ? 0.0f : __frcp_rn(q.scale);
+  if (t.scheme == Scheme::Asymmetric && !constant) {
+    q.center = fminf(fmaxf(rintf(__fmul_rn(-fminf(low, 0.0f), q.inverse)), 0.0f),
+                     static_cast<float>(kLevels));
+  }
+  if (store) {
+    store_float(t.scale, index, t.scale_type, valid ? q.scale : NAN);
+    if (t.scheme == Scheme::Asymmetric) {
+      static_cast<uint8_t*>(t.zero)[index] = static_cast<uint8_t>(q.center);
+    } else if (t.scheme == Scheme::Affine) {
+      store_float(t.zero, index, t.scale_type, q.shift);
+    }
+  }
+  return q;
+}
+
+template <int BITS>
+__device__ __forceinline__ uint32_t code_of(const Quantizer& q, float w) {
+  const float rounded = __fadd_rn(rintf(__fmul_rn(__fsub_rn(w, q.shift), q.inverse)), q.center);
+  return static_cast<uint32_t>(
+      fminf(fmaxf(rounded, 0.0f), static_cast<float>((1 << BITS) - 1)));
+}
+
+__device__ __forceinline__ void load_vector(const float* p, float (&v)[kVector]) {
+  const float4 a = __ldg(reinterpret_cast<const float4*>(p));
+  const float4 b = __ldg(reinterpret_cast<const float4*>(p) + 1);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+template <typename T>
+__device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
+  const uint4 u = __ldg(reinterpret_cast<const uint4*>(p));
+  const T* t = reinterpret_cast<const T*>(&u);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] = to_float(t[i]);
+}
+
+// Groups of a power of two up to 256: group_size / 8 adjacent lanes hold one. in_features is a
+// multiple of 8 and rows are aligned. A block covers blockDim.y * kUnroll rows.
+template <typename T, int BITS>
+__global__ void __launch_bounds__(kThreads) quantize_vector_kernel(const T* weight, Target t) {
+  const int lanes = static_cast<int>(t.group_size) / kVector;
+  const int64_t k = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVector;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kUnroll + threadIdx.y;
+  const bool in_row = k < t.in_features;
+  float v[kUnroll][kVector];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t row = first + u * blockDim.y;
+    if (in_row && row < t.rows) load_vector(weight + row * t.stride + k, v[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t row = first + u * blockDim.y;
+    const bool inside = in_row && row < t.rows;
+    float low = INFINITY;
+    float high = -INFINITY;
+    bool finite = true;
+    if (inside) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        low = fminf(low, v[u][i]);
+        high = fmaxf(high, v[u][i]);
+        finite = finite && fabsf(v[u][i]) <= FLT_MAX;
+      }
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {  // every lane of the warp takes part
+      low = fminf(low, __shfl_xor_sync(~0u, low, offset));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, offset));
+      finite = __shfl_xor_sync(~0u, static_cast<int>(finite), offset) && finite;
+    }
+    if (!inside) continue;
+    const int64_t index = row * t.groups + k / static_cast<int>(t.group_size);
+    const Quantizer q =
+        quantizer_of<BITS>(t, low, high, finite, index, threadIdx.x % lanes == 0);
+    uint8_t* out = t.codes + (row * t.in_features + k) * BITS / 8;
+    uint64_t packed = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      packed |= static_cast<uint64_t>(code_of<BITS>(q, v[u][i])) << (i * BITS);
+    }
+    if constexpr (BITS == 8) *reinterpret_cast<unsigned long long*>(out) = packed;
+    if constexpr (BITS == 4) *reinterpret_cast<uint32_t*>(out) = static_cast<uint32_t>(packed);
+    if constexpr (BITS == 2) *reinterpret_cast<unsigned short*>(out) = static_cast<unsigned short>(packed);
+  }
+}
+
+// Any group, one warp each: a pass for the range, a second (from cache) for the codes.
+template <typename T, int BITS>
+__global__ void __launch_bounds__(kThreads) quantize_group_kernel(const T* weight, Target t) {
+  const int lane = threadIdx.x % 32;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (index >= t.rows * t.groups) return;
+  const int64_t row = index / t.groups;
+  const int64_t begin = (index - row * t.groups) * t.group_size;
+  const int64_t end = min(t.in_features, begin + t.group_size);
+  const T* w = weight + row * t.stride;
+  float low = INFINITY;
+  float high = -INFINITY;
+  bool finite = true;
+#pragma unroll 4
+  for (int64_t k = begin + lane; k < end; k += 32) {
+    const float v = to_float(w[k]);
+    low = fminf(low, v);
+    high = fmaxf(high, v);
+    finite = finite && fabsf(v) <= FLT_MAX;
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    low = fminf(low, __shfl_xor_sync(~0u, low, offset));
+    high = fmaxf(high, __shfl_xor_sync(~0u, high, offset));
+  }
+  finite = __all_sync(~0u, finite);
+  const Quantizer q = quantizer_of<BITS>(t, low, high, finite, index, lane == 0);
+  constexpr int kPerByte = 8 / BITS;
+  uint8_t* out = t.codes + row * ((t.in_features * BITS + 7) / 8);
+#pragma unroll 4
+  for (int64_t k = begin + lane * kPerByte; k < end; k += 32 * kPerByte) {
+    uint32_t byte = 0;
+#pragma unroll
+    for (int i = 0; i < kPerByte; ++i) {
+      if (k + i < end) byte |= code_of<BITS>(q, to_float(w[k + i])) << (i * BITS);
+    }
+    out[k / kPerByte] = static_cast<uint8_t>(byte);
+  }
+}
+
+template <typename T, int BITS>
+void launch(const char* op, const T* weight, const Target& t, bool vector, cudaStream_t stream) {
+  if (vector) {
+    const int64_t vectors = t.in_features / kVector;
+    int width = 32;
+    while (width < kThreads && width < vectors) width *= 2;
+    const dim3 block(width, kThreads / width);
+    const dim3 grid(static_cast<unsigned>(ceil_div(t.rows, int64_t{block.y} * kUnroll)),
+                    static_cast<unsigned>(ceil_div(vectors, width)));
+    quantize_vector_kernel<T, BITS><<<grid, block, 0, stream>>>(weight, t);
+  } else {
+    const int64_t blocks = ceil_div(t.rows * t.groups * 32, kThreads);
+    MKRS_CHECK(blocks < (int64_t{1} << 31), op, "the groups must fit one CUDA grid, got ",
+               t.rows * t.groups);
+    quantize_group_kernel<T, BITS>
+        <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(weight, t);
+  }
+  check_launch(op);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t bits, int64_t group_size,
+                                            const std::string& scheme_name,
+                                            const std::optional<ScalarType>& scale_dtype) {
+  const char* op = "quantize";
+  check_bits(op, bits);
+  const Scheme scheme = check_scheme(op, scheme_name);
+  const Float type = check_float(op, "weight", weight.scalar_type());
+  const int64_t dim = weight.dim();
+  MKRS_CHECK(dim >= 2, op, "weight must have at least 2 dimensions [..., N, K], got ",
+             shape_string(weight));
+  const int64_t in_features = weight.size(dim - 1);
+  check_group_size(op, group_size, in_features);
+  const ScalarType scale_scalar =
+      scale_dtype.value_or(type == Float::BF16 ? ScalarType::BFloat16 : ScalarType::Half);
+  const Float scale_type = check_float(op, "scale_dtype", scale_scalar);
+  const Scope scope(op, weight);
+
+  const int64_t groups = num_groups(in_features, group_size);
+  Tensor codes =
+      empty_on(weight, sizes_with_last(weight, code_bytes(in_features, bits)), ScalarType::Byte);
+  const std::vector<int64_t> group_sizes = sizes_with_last(weight, groups);
+  Tensor scale = empty_on(weight, group_sizes, scale_scalar);
+  Tensor zero = scheme == Scheme::Symmetric    ? empty_on(weight, {0}, ScalarType::Byte)
+                : scheme == Scheme::Asymmetric ? empty_on(weight, group_sizes, ScalarType::Byte)
+                                               : empty_on(weight, group_sizes, scale_scalar);
+  const Tensor flat = has_uniform_rows(weight) ? weight : torch::stable::contiguous(weight);
+
+  Target t;
+  t.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  t.scale = scale.mutable_data_ptr();
+  t.zero = scheme == Scheme::Symmetric ? nullptr : zero.mutable_data_ptr();
+  t.rows = rows_of(weight);
+  t.in_features = in_features;
+  t.stride = row_stride(flat);
+  t.group_size = std::max<int64_t>(1, std::min(group_size, in_features));
+  t.groups = groups;
+  t.scheme = scheme;
+  t.scale_type = scale_type;
+  if (t.rows == 0 || in_features == 0) return {codes, scale, zero};
+
+  const int64_t row_bytes = t.stride * float_size(type);
+  const bool power_of_two = (t.group_size & (t.group_size - 1)) == 0;
+  const bool vector = power_of_two && t.group_size >= 2 * kVector && t.group_size <= 256 &&
+                      in_features % kVector == 0 && aligned(flat.const_data_ptr(), 16) &&
+                      row_bytes % 16 == 0 && ceil_div(in_features, kVector * 32) <= 65535 &&
+                      t.rows < (int64_t{1} << 31);
+  dispatch_float(type, [&](auto element) {
+    using T = decltype(element);
+    dispatch_bits(static_cast<int>(bits), [&](auto b) {
+      launch<T, decltype(b)::value>(op, static_cast<const T*>(flat.const_data_ptr()), t, vector,
+                                    scope.stream());
+    });
+  });
+  return {codes, scale, zero};
+}
+
+}  // namespace
+}  // namespace mkrs::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mkrs, CUDA, m) {
+  m.impl("quantize", TORCH_BOX(&mkrs::cuda::quantize));
+}
