@@ -109,13 +109,30 @@ def cuda_objects(folder: Path) -> list[str]:
         return list(pool.map(compile_one, sources("csrc/cuda/*.cu")))
 
 
+def torch_cuda_stub(folder: Path) -> str:
+    """A folder with a stand-in for libtorch_cuda to link against.
+
+    The one function the binary takes from there is resolved by the real library at run time; naming
+    that library as needed is what makes the loader look there, and a CPU-only torch has none to name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "torch_cuda_stub.c"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int d, void** s) { return 1; }\n")
+    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", "-Wl,-soname,libtorch_cuda.so"]
+    subprocess.run([*command, str(source), "-o", str(folder / "libtorch_cuda.so")], check=True)
+    return str(folder)
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """torch's builder; CUDA sources go through nvcc here, since torch's way wants a CUDA torch."""
 
     def build_extension(self, ext: "cpp_extension.Extension") -> None:
         """Compile and link one extension."""
         if os.environ.get("MKRS_CUDA", "0") == "1":
-            ext.extra_objects += cuda_objects(Path(self.build_temp) / "cuda")
+            folder = Path(self.build_temp).resolve() / "cuda"
+            ext.extra_objects += cuda_objects(folder)
+            ext.extra_link_args += [f"-L{torch_cuda_stub(folder)}", "-Wl,--no-as-needed"]
+            ext.extra_link_args += ["-ltorch_cuda"]
         super().build_extension(ext)
 
 

@@ -166,13 +166,15 @@ class Bench:
                 for _ in range(copies(size))
             ]
             sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-            blocks = torch.cuda.get_device_properties(0).multi_processor_count * 4
+            units = torch.cuda.get_device_properties(0).multi_processor_count
             best: Timing | None = None
-            for threads in (256, 512):
+            for blocks, threads in ((1, 1024), (2, 512), (2, 1024), (4, 512), (8, 256)):
 
-                def call(b: torch.Tensor, threads: int = threads) -> None:
+                def call(b: torch.Tensor, blocks: int = blocks, threads: int = threads) -> None:
                     self.read_kernel(
-                        grid=(blocks, 1, 1), block=(threads, 1, 1), args=(b, size // 16, sink)
+                        grid=(units * blocks, 1, 1),
+                        block=(threads, 1, 1),
+                        args=(b, size // 16, sink),
                     )
 
                 timing = time_graph([lambda b=b: call(b) for b in buffers])  # type: ignore[misc]

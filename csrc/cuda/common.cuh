@@ -188,15 +188,31 @@ struct Group {
   float offset;
 };
 
-__device__ __forceinline__ Group load_group(const QuantizedWeight& w, int64_t row, int64_t group) {
-  Group g{load_float(w.scale, row * w.scale_stride + group, w.scale_type), 0.0f, -0.0f};
-  if (w.scheme == Scheme::Symmetric) {
-    g.zero = static_cast<float>(1 << (w.bits - 1));
+// A group's scale and zero as they lie in memory. Loading and converting are apart so that a thread can
+// have many loads in flight before it waits for the first.
+struct RawGroup {
+  uint32_t scale;
+  uint32_t zero;
+};
+
+__device__ __forceinline__ RawGroup load_group(const QuantizedWeight& w, int64_t row,
+                                               int64_t group) {
+  RawGroup g{load_raw(w.scale, row * w.scale_stride + group, w.scale_type), 0};
+  if (w.scheme == Scheme::Affine) {
+    g.zero = load_raw(w.zero, row * w.zero_stride + group, w.scale_type);
   } else if (w.scheme == Scheme::Asymmetric) {
-    g.zero =
-        static_cast<float>(__ldg(static_cast<const uint8_t*>(w.zero) + row * w.zero_stride + group));
+    g.zero = __ldg(static_cast<const uint8_t*>(w.zero) + row * w.zero_stride + group);
+  }
+  return g;
+}
+
+__device__ __forceinline__ Group finish_group(const QuantizedWeight& w, const RawGroup& raw) {
+  Group g{raw_to_float(raw.scale, w.scale_type), 0.0f, -0.0f};
+  if (w.scheme == Scheme::Affine) {
+    g.offset = raw_to_float(raw.zero, w.scale_type);
   } else {
-    g.offset = load_float(w.zero, row * w.zero_stride + group, w.scale_type);
+    g.zero = w.scheme == Scheme::Symmetric ? static_cast<float>(1 << (w.bits - 1))
+                                           : static_cast<float>(raw.zero);
   }
   return g;
 }

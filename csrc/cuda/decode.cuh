@@ -50,9 +50,8 @@ struct DecodeParams {
   int chunks;        // units of a weight row
   int split_chunks;  // units of a row that one block handles
   int tiles;         // of kDecodeRows weight rows
-  int round_tiles;   // tiles handled between two barriers
+  int round_tiles;   // tiles whose sums are added up together, between barriers
   int stages;        // of each warp's ring
-  int partial_buffers;
   int x_row;         // elements from one staged operand column to the next
   bool codes_aligned;
   bool x_aligned;

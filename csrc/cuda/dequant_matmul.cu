@@ -1,6 +1,7 @@
 // input [m, K] @ W.T: which kernel serves which shape, and the op itself.
 #include "decode.cuh"
 #include "dequantize_rows.cuh"
+#include "fused.cuh"
 #include "sum_partials.cuh"
 
 namespace mkrs::cuda {
@@ -8,16 +9,21 @@ namespace {
 
 enum class Route {
   Decode,  // decode_kernel.cuh, in passes of decode_rows(type) input rows
+  Fused,   // fused_kernel.cuh: Hopper's tensor cores on weights dequantized in registers
   Dense,   // dequantize into scratch, then torch's matmul
 };
+
+constexpr int64_t kMostDecodeRows = 4;
+constexpr int64_t kPassesBeforeDense = 5;
+constexpr int64_t kPassesBeforeDenseF32 = 12;
 
 // The one place where regimes meet. Measured on an H100 (docs/performance.md): a pass of the decode
 // kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit scratch written
 // and read once) and more for f32.
-Route choose_route(const MatmulCall& call) {
+Route choose_route(const MatmulCall& call, const DeviceInfo& info) {
+  if (call.type != Float::F32 && info.major == 9 && call.m > kMostDecodeRows) return Route::Fused;
   const int64_t passes = ceil_div(call.m, decode_rows(call.type));
-  const int64_t most = call.type == Float::F32 ? 12 : 5;
-  return passes <= most ? Route::Decode : Route::Dense;
+  return passes <= (call.type == Float::F32 ? kPassesBeforeDenseF32 : kPassesBeforeDense) ? Route::Decode : Route::Dense;
 }
 
 void run_decode(const char* op, const MatmulCall& call, const Scope& scope, const Tensor& like,
@@ -98,7 +104,16 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
                         scope.stream());
     return result;
   }
-  if (choose_route(call) == Route::Decode) {
+  Route route = choose_route(call, scope.info());
+  if (route == Route::Fused) {
+    Tensor result = empty_on(input, sizes_with_last(input, w.rows), input.scalar_type());
+    call.out = result.mutable_data_ptr();
+    const auto run = type == Float::F16 ? run_fused_f16 : run_fused_bf16;
+    if (run(op, call, scope.info(), input, scope.stream())) return result;
+    // Rows that the copy engine cannot take: the same choice as on other devices.
+    route = m <= kPassesBeforeDense * decode_rows(type) ? Route::Decode : Route::Dense;
+  }
+  if (route == Route::Decode) {
     Tensor result = empty_on(input, sizes_with_last(input, w.rows), input.scalar_type());
     call.out = result.mutable_data_ptr();
     bool supported = true;

@@ -13,9 +13,11 @@ namespace {
 constexpr int kColumns = 16;  // of a lane: never more than one group
 constexpr int kTile = 32 * kColumns;
 constexpr int kWarps = 8;
-constexpr int kUnroll = 4;        // rows a lane has in flight
+// Rows a lane has in flight; several input rows need the registers for their sums.
+template <int M>
+constexpr int kUnroll = M == 1 ? 8 : 4;
 constexpr int kMostRows = 4;      // input rows of one pass
-constexpr int kBlocksPerSm = 3;
+constexpr int kBlocksPerSm = 2;
 // Above this many passes the dense route is faster: a pass costs one reading of the weights, the dense
 // route about nine.
 constexpr int kMostPasses = 5;
@@ -95,8 +97,9 @@ struct Params {
 
 // Grid (column tiles, row splits); the warps of a block take every kWarps-th row of its split.
 template <typename T, int BITS, int M>
-__global__ void __launch_bounds__(kWarps * 32, M > 2 ? 2 : kBlocksPerSm)
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
     matmul_t_kernel(const Params p) {
+  constexpr int kRows = kUnroll<M>;
   const QuantizedWeight& w = p.w;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -111,34 +114,33 @@ __global__ void __launch_bounds__(kWarps * 32, M > 2 ? 2 : kBlocksPerSm)
         static_cast<int>((min(static_cast<int64_t>(kColumns), w.in_features - k) * BITS + 7) / 8);
     const bool vector = p.aligned && bytes == 2 * BITS;
     const T* x = static_cast<const T*>(p.x);
-    for (int64_t row = begin + warp; row < end; row += kWarps * kUnroll) {
-      Lane<BITS> codes[kUnroll];
-      Group groups[kUnroll];
-      float inputs[kUnroll][M];
+    for (int64_t row = begin + warp; row < end; row += kWarps * kRows) {
+      Lane<BITS> codes[kRows];
+      RawGroup groups[kRows];
+      T inputs[kRows][M];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         const int64_t n = row + u * kWarps;
-        const bool inside = n < end;
-        const int64_t safe = inside ? n : row;
+        const int64_t safe = n < end ? n : row;
         codes[u].load(w.codes + safe * w.codes_stride + k * BITS / 8, vector, bytes);
         groups[u] = load_group(w, safe, group);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          inputs[u][m] = inside ? to_float(x[m * p.x_stride + n]) : 0.0f;
+          inputs[u][m] = x[m * p.x_stride + safe];
         }
-        // A row past the end must not bring its NaN along.
-        if (!inside) groups[u] = Group{0.0f, 0.0f, 0.0f};
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kRows; ++u) {
+        if (row + u * kWarps >= end) break;
         float v[kColumns];
         codes[u].elements(v);
-        const float shift = fmaf(groups[u].scale, -(Lane<BITS>::kBias + groups[u].zero),
-                                 groups[u].offset);
+        const Group g = finish_group(w, groups[u]);
+        const float shift = fmaf(g.scale, -(Lane<BITS>::kBias + g.zero), g.offset);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          const float scaled = inputs[u][m] * groups[u].scale * Lane<BITS>::kInverseFactor;
-          shifts[m] = fmaf(inputs[u][m], shift, shifts[m]);
+          const float input = to_float(inputs[u][m]);
+          const float scaled = input * g.scale * Lane<BITS>::kInverseFactor;
+          shifts[m] = fmaf(input, shift, shifts[m]);
 #pragma unroll
           for (int i = 0; i < kColumns; ++i) acc[m][i] = fmaf(scaled, v[i], acc[m][i]);
         }
@@ -188,7 +190,7 @@ void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x
              w.in_features);
   const int64_t wanted = ceil_div(int64_t{scope.info().multiprocessors} * kBlocksPerSm, tiles);
   const int64_t split_rows =
-      std::max<int64_t>(kWarps * kUnroll, ceil_div(w.rows, std::max<int64_t>(1, wanted)));
+      std::max<int64_t>(kWarps * kUnroll<1>, ceil_div(w.rows, std::max<int64_t>(1, wanted)));
   const int64_t splits = ceil_div(w.rows, split_rows);
   Tensor partial = empty_on(like, {splits, m, w.in_features}, ScalarType::Float);
   const int64_t lane_bytes = 2 * w.bits;

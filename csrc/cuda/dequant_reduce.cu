@@ -91,7 +91,7 @@ __global__ void reduce_kernel(QuantizedWeight w, int shift, bool words, float* o
         if (i < bytes) bits |= static_cast<uint64_t>(p[i]) << (8 * i);
       }
     }
-    const Group g = load_group(w, row, k >> shift);
+    const Group g = finish_group(w, load_group(w, row, k >> shift));
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       if (i >= length) break;

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   if (k >= w.in_features) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kUnroll + threadIdx.y;
   Codes<BITS> codes[kUnroll];
-  Group groups[kUnroll];
+  RawGroup groups[kUnroll];
   const int length = static_cast<int>(min(static_cast<int64_t>(kVector), w.in_features - k));
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -90,9 +90,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t i = first + u * blockDim.y;
     if (i >= count) break;
+    const Group group = finish_group(w, groups[u]);
     float v[kVector];
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) v[j] = dequantize_code(codes[u].get(j), groups[u]);
+    for (int j = 0; j < kVector; ++j) v[j] = dequantize_code(codes[u].get(j), group);
     T* target = out + i * w.in_features + k;
     if constexpr (FAST) {
       store_vector(target, v);

@@ -23,6 +23,7 @@ struct Target {
   int64_t stride;  // of the weight's rows, in elements
   int64_t group_size;
   int64_t groups;
+  int shift;  // log2 of group_size where that is a power of two
   Scheme scheme;
   Float scale_type;
 };
@@ -93,25 +94,33 @@ __device__ __forceinline__ Quantizer quantizer_of(const Target& t, float low, fl
   return q;
 }
 
+// Rounding by adding 1.5 * 2**23, whose last mantissa bit is worth 1: to nearest, ties to even, like
+// rintf, without the slow conversion units. Clamping first changes nothing, the limits being integers.
 template <int BITS>
 __device__ __forceinline__ uint32_t code_of(const Quantizer& q, float w) {
-  const float rounded = __fadd_rn(rintf(__fmul_rn(__fsub_rn(w, q.shift), q.inverse)), q.center);
-  return static_cast<uint32_t>(
-      fminf(fmaxf(rounded, 0.0f), static_cast<float>((1 << BITS) - 1)));
+  constexpr float kTop = (1 << BITS) - 1;
+  const float v = __fmul_rn(__fsub_rn(w, q.shift), q.inverse);
+  const float clamped = fminf(fmaxf(v, -q.center), kTop - q.center);
+  return __float_as_uint(__fadd_rn(clamped, 12582912.0f)) - 0x4b400000u +
+         static_cast<uint32_t>(static_cast<int>(q.center));
 }
 
-__device__ __forceinline__ void load_vector(const float* p, float (&v)[kVector]) {
-  const float4 a = __ldg(reinterpret_cast<const float4*>(p));
-  const float4 b = __ldg(reinterpret_cast<const float4*>(p) + 1);
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
+// kVector elements as loaded: converted only when they are used, so that loads overlap.
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
-  const uint4 u = __ldg(reinterpret_cast<const uint4*>(p));
-  const T* t = reinterpret_cast<const T*>(&u);
+struct Raw {
+  uint4 words[sizeof(T) * kVector / 16];
+  __device__ __forceinline__ void load(const T* p) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) v[i] = to_float(t[i]);
-}
+    for (unsigned i = 0; i < sizeof(T) * kVector / 16; ++i) {
+      words[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    }
+  }
+  __device__ __forceinline__ void floats(float (&v)[kVector]) const {
+    const T* t = reinterpret_cast<const T*>(words);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = to_float(t[i]);
+  }
+};
 
 // Groups of a power of two up to 256: group_size / 8 adjacent lanes hold one. in_features is a
 // multiple of 8 and rows are aligned. A block covers blockDim.y * kUnroll rows.
@@ -121,11 +130,11 @@ __global__ void __launch_bounds__(kThreads) quantize_vector_kernel(const T* weig
   const int64_t k = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVector;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kUnroll + threadIdx.y;
   const bool in_row = k < t.in_features;
-  float v[kUnroll][kVector];
+  Raw<T> raw[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t row = first + u * blockDim.y;
-    if (in_row && row < t.rows) load_vector(weight + row * t.stride + k, v[u]);
+    if (in_row && row < t.rows) raw[u].load(weight + row * t.stride + k);
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -133,29 +142,32 @@ __global__ void __launch_bounds__(kThreads) quantize_vector_kernel(const T* weig
     const bool inside = in_row && row < t.rows;
     float low = INFINITY;
     float high = -INFINITY;
-    bool finite = true;
+    float probe = 0.0f;  // turns NaN when a value is not finite
+    float v[kVector];
+    raw[u].floats(v);
     if (inside) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        low = fminf(low, v[u][i]);
-        high = fmaxf(high, v[u][i]);
-        finite = finite && fabsf(v[u][i]) <= FLT_MAX;
+        low = fminf(low, v[i]);
+        high = fmaxf(high, v[i]);
+        probe = fmaf(v[i], 0.0f, probe);
       }
     }
+    bool finite = probe == 0.0f;
     for (int offset = lanes / 2; offset > 0; offset /= 2) {  // every lane of the warp takes part
       low = fminf(low, __shfl_xor_sync(~0u, low, offset));
       high = fmaxf(high, __shfl_xor_sync(~0u, high, offset));
       finite = __shfl_xor_sync(~0u, static_cast<int>(finite), offset) && finite;
     }
     if (!inside) continue;
-    const int64_t index = row * t.groups + k / static_cast<int>(t.group_size);
+    const int64_t index = row * t.groups + (k >> t.shift);
     const Quantizer q =
         quantizer_of<BITS>(t, low, high, finite, index, threadIdx.x % lanes == 0);
     uint8_t* out = t.codes + (row * t.in_features + k) * BITS / 8;
     uint64_t packed = 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      packed |= static_cast<uint64_t>(code_of<BITS>(q, v[u][i])) << (i * BITS);
+      packed |= static_cast<uint64_t>(code_of<BITS>(q, v[i])) << (i * BITS);
     }
     if constexpr (BITS == 8) *reinterpret_cast<unsigned long long*>(out) = packed;
     if constexpr (BITS == 4) *reinterpret_cast<uint32_t*>(out) = static_cast<uint32_t>(packed);
@@ -258,6 +270,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t bits, 
   t.stride = row_stride(flat);
   t.group_size = std::max<int64_t>(1, std::min(group_size, in_features));
   t.groups = groups;
+  t.shift = 0;
+  while ((int64_t{2} << t.shift) <= t.group_size) ++t.shift;
   t.scheme = scheme;
   t.scale_type = scale_type;
   if (t.rows == 0 || in_features == 0) return {codes, scale, zero};
