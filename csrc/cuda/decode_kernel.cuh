@@ -134,7 +134,7 @@ struct Cursor {
 };
 
 template <typename T, int BITS, int RUN, int TILES>
-__global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(decode_warps(TILES) * 32, 1) decode_kernel(const DecodeParams p) {
   constexpr int kUnit = 8 * kUnitBytes / BITS;       // elements of a row in a unit
   constexpr int kRuns = kRunsPerUnit<BITS, RUN>;
   constexpr int kPairsPerLane = kRuns / 2;           // 16 rows x kRuns over 32 lanes

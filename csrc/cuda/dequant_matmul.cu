@@ -13,7 +13,7 @@ enum class Route {
   Dense,   // dequantize into scratch, then torch's matmul
 };
 
-constexpr int64_t kMostDecodeRows = 4;
+constexpr int64_t kMostDecodeRows = 16;
 constexpr int64_t kPassesBeforeDense = 5;
 constexpr int64_t kPassesBeforeDenseF32 = 12;
 

@@ -188,7 +188,8 @@ void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x
   const int64_t tiles = ceil_div(w.in_features, kTile);
   MKRS_CHECK(tiles < (int64_t{1} << 31), op, "in_features must fit one CUDA grid, got ",
              w.in_features);
-  const int64_t wanted = ceil_div(int64_t{scope.info().multiprocessors} * kBlocksPerSm, tiles);
+  // One wave of blocks.
+  const int64_t wanted = int64_t{scope.info().multiprocessors} * kBlocksPerSm / tiles;
   const int64_t split_rows =
       std::max<int64_t>(kWarps * kUnroll<1>, ceil_div(w.rows, std::max<int64_t>(1, wanted)));
   const int64_t splits = ceil_div(w.rows, split_rows);

@@ -4,8 +4,9 @@
 //
 // The weights are the first operand, dequantized in registers (f32 arithmetic, one rounding to the
 // input's type, as a dense layer has it); the activations come through the bulk copy engine, swizzled
-// as the products want them. One producer warp keeps a ring of stages filled; two consumer warpgroups
-// of 64 weight rows each take turns on the tensor cores: one dequantizes while the other multiplies.
+// as the products want them. A producer warpgroup keeps a ring of stages filled: one thread starts the
+// bulk copies, all of them prepare the scales of a row each. Two consumer warpgroups of 64 weight rows
+// each take turns on the tensor cores: one dequantizes while the other multiplies.
 #pragma once
 
 #include "fused.cuh"
@@ -35,11 +36,15 @@ constexpr int kFusedCodeBytes = kFusedRows * kFusedDepth * BITS / 8;
 template <int BITS, int M>
 constexpr int kFusedStageBytes = M* kFusedDepth * 2 + kFusedCodeBytes<BITS>;
 
+// Scales of a stage: one or four runs of k times the rows.
+template <int GROUPS>
+constexpr int kFusedScaleBytes = GROUPS* kFusedRows * 8;
+
 template <int BITS, int M>
 constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : M == 64 ? 8 : BITS == 8 ? 9 : 16;
 
 // Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the constants
-// are those of FusedScale.
+// are those of fused_scale.
 template <int BITS>
 __device__ __forceinline__ void fused_elements(const uint32_t* words, int t, float (&v)[4]) {
   if constexpr (BITS == 8) {
@@ -67,17 +72,13 @@ __device__ __forceinline__ void fused_elements(const uint32_t* words, int t, flo
   }
 }
 
-struct FusedScale {  // w = element * factor + shift
-  float factor;
-  float shift;
-};
-
+// (factor, shift) with w = element * factor + shift.
 template <int BITS>
-__device__ __forceinline__ FusedScale fused_scale(const QuantizedWeight& w, const RawGroup& raw) {
+__device__ __forceinline__ float2 fused_scale(const QuantizedWeight& w, const RawGroup& raw) {
   constexpr float kBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
   constexpr float kFactor = BITS == 8 ? 1.0f : 2.0f;
   const Group g = finish_group(w, raw);
-  return {g.scale * kFactor, fmaf(g.scale, -(kBias + g.zero), g.offset)};
+  return make_float2(g.scale * kFactor, fmaf(g.scale, -(kBias + g.zero), g.offset));
 }
 
 template <typename T>
@@ -114,13 +115,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const uint32_t empty = full + 8 * kStages;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      wgmma::barrier_init(full + 8 * s, 1);
+      wgmma::barrier_init(full + 8 * s, 1 + 128);
       wgmma::barrier_init(empty + 8 * s, 2);
     }
     wgmma::barrier_init_fence();
   }
   __syncthreads();
 
+  constexpr int kAhead = GROUPS == 1 ? 8 : 2;  // steps whose raw scales a producer thread holds
+  float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
   const int first = blockIdx.z * p.split_steps;
@@ -128,20 +131,45 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const int group = threadIdx.x / 128;  // warpgroup
 
   if (group == 2) {
-    if constexpr (M >= 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;\n");
-    if (threadIdx.x == 256) {
-      for (int s = 0; s < steps; ++s) {
+    if constexpr (M >= 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
+    const int r = threadIdx.x - 256;
+    const int64_t n = n0 + r;
+    const QuantizedWeight& w = p.w;
+    RawGroup raw[kAhead][GROUPS];
+    const auto fetch = [&](int s, RawGroup (&to)[GROUPS]) {
+      const int k = (first + s) * kFusedDepth;
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i) {
+        const int at = k + i * (kFusedDepth / GROUPS);
+        to[i] = RawGroup{0, 0};
+        if (s < steps && n < w.rows && at < w.in_features) to[i] = load_group(w, n, at >> p.shift);
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch(i, raw[i]);
+    for (int base = 0; base < steps; base += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int s = base + i;
+        if (s >= steps) break;
         const int stage = s % kStages;
         if (s >= kStages) wgmma::barrier_wait(empty + 8 * stage, (s / kStages - 1) & 1);
-        const uint32_t target = address(shared + stage * kStageBytes);
         const uint32_t barrier = full + 8 * stage;
-        wgmma::barrier_expect(barrier, kStageBytes);
-        wgmma::copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
-        wgmma::copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
+        if (r == 0) {
+          const uint32_t target = address(shared + stage * kStageBytes);
+          wgmma::barrier_expect(barrier, kStageBytes);
+          wgmma::copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
+          wgmma::copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
+        }
+        float2* scales = all_scales + stage * (GROUPS * kFusedRows) + r;
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = fused_scale<BITS>(w, raw[i][j]);
+        wgmma::barrier_arrive(barrier);
+        fetch(s + kAhead, raw[i]);
       }
     }
   } else {
-    if constexpr (M >= 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;\n");
+    if constexpr (M >= 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;
     const int g = lane / 4;
@@ -149,37 +177,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
     const int row = group * 64 + warp * 16 + g;  // and row + 8
     const QuantizedWeight& w = p.w;
 
-    // Raw scales of the rows of this lane, one step ahead.
-    RawGroup raw[2][GROUPS];
-    const auto fetch = [&](int s) {
-      const int k = (first + s) * kFusedDepth;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t n = n0 + row + 8 * h;
-#pragma unroll
-        for (int i = 0; i < GROUPS; ++i) {
-          raw[h][i] = RawGroup{0, 0};
-          const int at = k + i * (kFusedDepth / GROUPS);
-          if (n < w.rows && at < w.in_features) raw[h][i] = load_group(w, n, at >> p.shift);
-        }
-      }
-    };
-
     float acc[M / 2];
 #pragma unroll
     for (int i = 0; i < M / 2; ++i) acc[i] = 0.0f;
-    fetch(0);
     for (int s = 0; s < steps; ++s) {
       const int stage = s % kStages;
-      FusedScale scales[2][GROUPS];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int i = 0; i < GROUPS; ++i) scales[h][i] = fused_scale<BITS>(w, raw[h][i]);
-      }
-      if (s + 1 < steps) fetch(s + 1);
       wgmma::barrier_wait(full + 8 * stage, (s / kStages) & 1);
       const unsigned char* codes = shared + stage * kStageBytes + kInputBytes;
+      const float2* scales = all_scales + stage * (GROUPS * kFusedRows) + row;
       uint32_t a[4][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -194,9 +199,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         for (int kk = 0; kk < 4; ++kk) {
           float v[4];
           fused_elements<BITS>(words + kk * (BITS / 2), t, v);
-          const FusedScale scale = scales[h][GROUPS == 4 ? kk : 0];
+          const float2 scale = scales[(GROUPS == 4 ? kk : 0) * kFusedRows + 8 * h];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) v[i] = fmaf(v[i], scale.factor, scale.shift);
+          for (int i = 0; i < 4; ++i) v[i] = fmaf(v[i], scale.x, scale.y);
           a[kk][h] = pack_pair<T>(v[0], v[1]);
           a[kk][2 + h] = pack_pair<T>(v[2], v[3]);
         }
@@ -321,7 +326,8 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
                       std::min(group_shift(w), 31),
                       static_cast<int>(steps),
                       static_cast<int>(split_steps)};
-  constexpr int kShared = kFusedStageBytes<BITS, M> * kFusedStages<BITS, M> + 1024;
+  constexpr int kShared =
+      (kFusedStageBytes<BITS, M> + kFusedScaleBytes<GROUPS>)*kFusedStages<BITS, M> + 1024;
   const auto kernel = fused_kernel<T, BITS, M, GROUPS>;
   check_cuda(op, "asking for shared memory",
              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));

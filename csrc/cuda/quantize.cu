@@ -136,33 +136,42 @@ __global__ void __launch_bounds__(kThreads) quantize_vector_kernel(const T* weig
     const int64_t row = first + u * blockDim.y;
     if (in_row && row < t.rows) raw[u].load(weight + row * t.stride + k);
   }
+  float low[kUnroll];  // minus infinity also where a value is not finite
+  float high[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    low[u] = INFINITY;
+    high[u] = -INFINITY;
+    if (in_row && first + u * blockDim.y < t.rows) {
+      float v[kVector];
+      raw[u].floats(v);
+      float probe = 0.0f;  // turns NaN when a value is not finite
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        low[u] = fminf(low[u], v[i]);
+        high[u] = fmaxf(high[u], v[i]);
+        probe = fmaf(v[i], 0.0f, probe);
+      }
+      if (probe != 0.0f) low[u] = -INFINITY;
+    }
+  }
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {  // every lane of the warp takes part
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      low[u] = fminf(low[u], __shfl_xor_sync(~0u, low[u], offset));
+      high[u] = fmaxf(high[u], __shfl_xor_sync(~0u, high[u], offset));
+    }
+  }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t row = first + u * blockDim.y;
-    const bool inside = in_row && row < t.rows;
-    float low = INFINITY;
-    float high = -INFINITY;
-    float probe = 0.0f;  // turns NaN when a value is not finite
+    if (!in_row || row >= t.rows) continue;
     float v[kVector];
     raw[u].floats(v);
-    if (inside) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        low = fminf(low, v[i]);
-        high = fmaxf(high, v[i]);
-        probe = fmaf(v[i], 0.0f, probe);
-      }
-    }
-    bool finite = probe == 0.0f;
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {  // every lane of the warp takes part
-      low = fminf(low, __shfl_xor_sync(~0u, low, offset));
-      high = fmaxf(high, __shfl_xor_sync(~0u, high, offset));
-      finite = __shfl_xor_sync(~0u, static_cast<int>(finite), offset) && finite;
-    }
-    if (!inside) continue;
+    const bool finite = low[u] >= -FLT_MAX && high[u] <= FLT_MAX;
     const int64_t index = row * t.groups + (k >> t.shift);
     const Quantizer q =
-        quantizer_of<BITS>(t, low, high, finite, index, threadIdx.x % lanes == 0);
+        quantizer_of<BITS>(t, low[u], high[u], finite, index, threadIdx.x % lanes == 0);
     uint8_t* out = t.codes + (row * t.in_features + k) * BITS / 8;
     uint64_t packed = 0;
 #pragma unroll
