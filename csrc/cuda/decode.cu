@@ -39,13 +39,12 @@ bool plan_decode(const MatmulCall& call, const DeviceInfo& info, DecodePlan* pla
 
   const int columns = p.m * p.limbs;
   const int padded = columns <= 8 ? 8 : 16;
-  const int most_warps = decode_warps(padded / 8);
   const int run = run_of(w.group_size, w.groups);
   const int pairs = 2 * pair_bytes(w.bits, run);
   // Fewer tiles than multiprocessors: split K over blocks too, down to two units a warp.
   int64_t splits = 1;
   if (tiles * 2 <= info.multiprocessors) {
-    splits = std::min<int64_t>(info.multiprocessors / tiles, ceil_div(chunks, 2 * most_warps));
+    splits = std::min<int64_t>(info.multiprocessors / tiles, ceil_div(chunks, 2 * kDecodeWarps));
   }
   for (; splits <= chunks; ++splits) {
     p.split_chunks = static_cast<int>(ceil_div(chunks, splits));
@@ -56,8 +55,7 @@ bool plan_decode(const MatmulCall& call, const DeviceInfo& info, DecodePlan* pla
     const int64_t block_tiles = ceil_div(tiles, plan->blocks);
     const int64_t runs = p.split_chunks * unit / (16 * run);
     const int64_t staged = int64_t{2} * columns * p.x_row + 2 * unit + runs * padded * 4;
-    for (const int warps : {most_warps, 16, 8}) {
-      if (warps > most_warps) continue;
+    for (const int warps : {kDecodeWarps, kDecodeWarps / 2}) {
       const int64_t tile_sums =
           int64_t{4} * std::min(warps, p.split_chunks) * columns * kDecodeRows;
       for (p.stages = kMaxStages; p.stages >= 2; --p.stages) {

@@ -11,10 +11,7 @@ constexpr int kDecodeRows = 16;     // weight rows of a tile
 
 constexpr int kUnitBytes = 128;  // of codes, per row and unit
 constexpr int kSlotBytes = kUnitBytes * kDecodeRows;
-// Warps of a block: as many as registers allow with one and with two tiles of operand columns.
-constexpr int decode_warps(int tiles) {
-  return tiles == 1 ? 24 : 16;
-}
+constexpr int kDecodeWarps = 16;
 
 // Products that one group's scale covers: all group sizes from 64 up are cut into runs of 64.
 constexpr int run_of(int64_t group_size, int64_t groups) {

@@ -75,7 +75,8 @@ __device__ __forceinline__ float sum_of_pair(uint32_t word) {
 template <typename T, int P>
 __device__ __forceinline__ void stage_block(const DecodeParams& p, int row, int64_t k, int64_t end,
                                             T* staged, int column, int local,
-                                            float (&sums)[kLimbs]) {
+                                            float (&sums)[kLimbs], bool is_early,
+                                            const uint4 (&early)[2]) {
   uint32_t words[8];
   const auto store = [&](int limb) {
     sums[limb] = 0.0f;
@@ -104,8 +105,9 @@ __device__ __forceinline__ void stage_block(const DecodeParams& p, int row, int6
   }
   const unsigned short* x = static_cast<const unsigned short*>(p.x) + row * p.x_stride;
   if (p.x_aligned && k + 16 <= end) {
-    const uint4 low = __ldg(reinterpret_cast<const uint4*>(x + k));
-    const uint4 high = __ldg(reinterpret_cast<const uint4*>(x + k) + 1);
+    const uint4* from = reinterpret_cast<const uint4*>(x + k);
+    const uint4 low = is_early ? early[0] : __ldg(from);
+    const uint4 high = is_early ? early[1] : __ldg(from + 1);
     words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
     words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
   } else {
@@ -134,7 +136,7 @@ struct Cursor {
 };
 
 template <typename T, int BITS, int RUN, int TILES>
-__global__ void __launch_bounds__(decode_warps(TILES) * 32, 1) decode_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const DecodeParams p) {
   constexpr int kUnit = 8 * kUnitBytes / BITS;       // elements of a row in a unit
   constexpr int kRuns = kRunsPerUnit<BITS, RUN>;
   constexpr int kPairsPerLane = kRuns / 2;           // 16 rows x kRuns over 32 lanes
@@ -272,6 +274,23 @@ __global__ void __launch_bounds__(decode_warps(TILES) * 32, 1) decode_kernel(con
   Cursor issue_at = start;
   Cursor fetch_at = start;
   Cursor at = start;
+  // The first activations and scales are asked for before the codes, which would otherwise keep them
+  // waiting for the time that all the rings take to fill.
+  const int blocks = count * (kUnit / 16);  // of 16 activations, per row: a multiple of RUN
+  const int64_t first_k = static_cast<int64_t>(first_chunk) * kUnit;
+  uint4 early[2] = {};
+  const bool is_early = p.x_aligned && p.type != Float::F32 && threadIdx.x < blocks * p.m;
+  if (is_early) {
+    const int row = threadIdx.x / blocks;
+    const int64_t k = first_k + (threadIdx.x - row * blocks) * 16;
+    if (k + 16 <= w.in_features) {
+      const uint4* from = reinterpret_cast<const uint4*>(
+          static_cast<const unsigned short*>(p.x) + row * p.x_stride + k);
+      early[0] = __ldg(from);
+      early[1] = __ldg(from + 1);
+    }
+  }
+  if (mine > 0) fetch(fetch_at);
   for (int s = 0; s < p.stages - 1; ++s) {
     if (s < mine) {
       issue(issue_at, s);
@@ -279,14 +298,10 @@ __global__ void __launch_bounds__(decode_warps(TILES) * 32, 1) decode_kernel(con
     }
     copy_async_commit();
   }
-  if (mine > 0) fetch(fetch_at);
 
   // ---- activations, while the first units travel ----
   {
-    const int blocks = count * (kUnit / 16);  // of 16, per row: a multiple of RUN
-    const int64_t first = static_cast<int64_t>(first_chunk) * kUnit;
     const int all = blocks * p.m;
-#pragma unroll 4
     for (int begin = 0; begin < all; begin += blockDim.x) {
       const int i = begin + threadIdx.x;
       const bool inside = i < all;
@@ -294,8 +309,9 @@ __global__ void __launch_bounds__(decode_warps(TILES) * 32, 1) decode_kernel(con
       const int block = inside ? i - row * blocks : 0;
       float sums[kLimbs] = {};
       if (inside) {
-        stage_block<T, kInterleave<T, BITS, RUN>>(p, row, first + block * 16, w.in_features, staged,
-                                                  row * p.limbs, block * 16, sums);
+        stage_block<T, kInterleave<T, BITS, RUN>>(
+            p, row, first_k + block * 16, w.in_features, staged, row * p.limbs, block * 16, sums,
+            begin == 0 && is_early, early);
       }
       // RUN neighbours hold the sums of one run.
 #pragma unroll

@@ -13,7 +13,8 @@ enum class Route {
   Dense,   // dequantize into scratch, then torch's matmul
 };
 
-constexpr int64_t kMostDecodeRows = 16;
+constexpr int64_t kMostDecodeRows = 8;   // 16-bit inputs where the fused kernel is there
+constexpr int64_t kMostFusedRows = 768;
 constexpr int64_t kPassesBeforeDense = 5;
 constexpr int64_t kPassesBeforeDenseF32 = 12;
 
@@ -21,7 +22,9 @@ constexpr int64_t kPassesBeforeDenseF32 = 12;
 // kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit scratch written
 // and read once) and more for f32.
 Route choose_route(const MatmulCall& call, const DeviceInfo& info) {
-  if (call.type != Float::F32 && info.major == 9 && call.m > kMostDecodeRows) return Route::Fused;
+  if (call.type != Float::F32 && info.major == 9 && call.m > kMostDecodeRows) {
+    return call.m <= kMostFusedRows ? Route::Fused : Route::Dense;
+  }
   const int64_t passes = ceil_div(call.m, decode_rows(call.type));
   return passes <= (call.type == Float::F32 ? kPassesBeforeDenseF32 : kPassesBeforeDense) ? Route::Decode : Route::Dense;
 }

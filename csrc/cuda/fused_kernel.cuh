@@ -41,7 +41,11 @@ template <int GROUPS>
 constexpr int kFusedScaleBytes = GROUPS* kFusedRows * 8;
 
 template <int BITS, int M>
-constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : M == 64 ? 8 : BITS == 8 ? 9 : 16;
+constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : 5;
+
+// Blocks on a multiprocessor: with few products to a step, two blocks hide each other's waits.
+template <int M>
+constexpr int kFusedBlocks = M <= 64 ? 2 : 1;
 
 // Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the constants
 // are those of fused_scale.
@@ -96,7 +100,7 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
 
 // Grid (input tiles, weight tiles, splits of K). GROUPS: scales per stage and row, 1 or 4.
 template <typename T, int BITS, int M, int GROUPS>
-__global__ void __launch_bounds__(kFusedThreads, 1)
+__global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
     fused_kernel(const __grid_constant__ CUtensorMap x_map,
                  const __grid_constant__ CUtensorMap code_map, const FusedParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   }
   __syncthreads();
 
-  constexpr int kAhead = GROUPS == 1 ? 8 : 2;  // steps whose raw scales a producer thread holds
+  constexpr int kAhead = GROUPS == 1 ? (M <= 64 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
   float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
@@ -305,7 +309,8 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
   const int64_t steps = ceil_div(w.in_features, kFusedDepth);
   // A few idle multiprocessors cost less than adding up partial sums.
   int64_t splits = std::max<int64_t>(
-      1, std::min<int64_t>(info.multiprocessors / (m_tiles * n_tiles), steps / 8));
+      1, std::min<int64_t>(
+             info.multiprocessors * kFusedBlocks<M> / (m_tiles * n_tiles), steps / 8));
   const int64_t split_steps = ceil_div(steps, splits);
   splits = ceil_div(steps, split_steps);
 

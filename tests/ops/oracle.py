@@ -131,7 +131,7 @@ def rounded_weights(x: np.ndarray, w: Weight, weight: np.ndarray, dtype: torch.d
     CUDA runs more than a few rows of 16-bit input on tensor cores this way; elsewhere it is zero.
     """
     rows = x.size // max(1, x.shape[-1])
-    if w.codes.device.type != "cuda" or dtype == torch.float32 or rows <= 16:
+    if w.codes.device.type != "cuda" or dtype == torch.float32 or rows <= 8:
         return np.zeros(())
     return np.abs(x) @ (2 * UNIT[dtype] * np.abs(weight) + TINY[dtype])
 
