@@ -94,9 +94,7 @@ MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute)
   // A single group of any length is cut into spans; others are powers of two of at least 16.
   const int64_t group = w.groups == 1 ? kExactSpan : w.group_size;
   plan.span = compute == Compute::Int8 ? int8_span(w.group_size) : std::min(kExactSpan, group);
-  if (x.rows <= (getenv("ROWS")    ? atoi(getenv("ROWS"))
-                 : plan.limbs == 1 ? kRowsInputsInt8
-                                   : kRowsInputs)) {
+  if (x.rows <= (plan.limbs == 1 ? kRowsInputsInt8 : kRowsInputs)) {
     plan.regime = Regime::Rows;
     plan.units = x.rows;
     plan.unit_bytes = vnni::rows_unit_bytes(w, plan.limbs, plan.span);
