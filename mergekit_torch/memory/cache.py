@@ -93,7 +93,7 @@ class TensorCache:
         checkpoint: an open checkpoint; it stays the caller's to close.
         device: where tensors go.
         budget: most bytes, or like ``"512MiB"``.
-        threads: that read one tensor at once; prefetching takes one.
+        threads: that read one tensor at once.
         backend: as for :class:`Arena`.
 
     Raises:
@@ -420,7 +420,7 @@ class TensorCache:
                     continue
                 entry = self._entries[name] = _Entry(name, fresh=True)
             try:
-                self._load(entry, wait=False, threads=1)
+                self._load(entry, wait=False, threads=self._threads)
             except BaseException as error:  # only what is no Exception gets here
                 entry.error = error
                 return
