@@ -41,11 +41,11 @@ template <int GROUPS>
 constexpr int kFusedScaleBytes = GROUPS* kFusedRows * 8;
 
 template <int BITS, int M>
-constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : 5;
+constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : M == 64 ? 8 : 5;
 
 // Blocks on a multiprocessor: with few products to a step, two blocks hide each other's waits.
 template <int M>
-constexpr int kFusedBlocks = M <= 64 ? 2 : 1;
+constexpr int kFusedBlocks = M == 16 ? 2 : 1;
 
 // Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the constants
 // are those of fused_scale.
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       wgmma::barrier_init(full + 8 * s, 1 + 128);
-      wgmma::barrier_init(empty + 8 * s, 2);
+      wgmma::barrier_init(empty + 8 * s, 8);  // one arrival a consumer warp
     }
     wgmma::barrier_init_fence();
   }
   __syncthreads();
 
-  constexpr int kAhead = GROUPS == 1 ? (M <= 64 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
+  constexpr int kAhead = GROUPS == 1 ? (M == 16 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
   float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
@@ -216,7 +216,9 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
       for (int kk = 0; kk < 4; ++kk) wgmma::multiply<T, M>(acc, a[kk], b + 2 * kk, 1);
       wgmma::commit();
       wgmma::wait();
-      if (threadIdx.x % 128 == 0) wgmma::barrier_arrive(empty + 8 * stage);
+      // Each warp for itself: another one may still be reading codes and scales.
+      __syncwarp();
+      if (lane == 0) wgmma::barrier_arrive(empty + 8 * stage);
     }
 
     // ---- results: lane holds rows `row`, `row` + 8 of columns 8j + 2t, 8j + 2t + 1 ----
