@@ -41,7 +41,7 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(NATIVE)
 build: $(VENV)/demo.stamp ## the environment and the extension, in place
 
 demo: $(VENV)/demo.stamp ## a real model from a GGUF file answers a prompt on 4-bit weights
-	$(BIN)/mkrs demo $(ARGS)
+	$(BIN)/mkrs demo --cache .cache $(ARGS)
 
 test: $(VENV)/test.stamp lint types pytest ## everything: lint, types, the whole test suite
 

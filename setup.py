@@ -3,7 +3,7 @@
 It uses only LibTorch's stable ABI and CPython's limited API, so one binary serves every
 Python >= 3.10 and every torch >= 2.11. Sources are chosen by platform:
 
-* ``csrc/*.cpp``, ``csrc/cpu/*.cpp`` always;
+* ``csrc/*.cpp``, ``csrc/cpu/*.cpp``, ``csrc/memory/*.cpp`` always;
 * ``csrc/mps/*.cpp``, ``csrc/mps/*.mm`` on macOS;
 * ``csrc/cuda/*.cu`` with ``MKRS_CUDA=1``, compiled by the nvcc that ``CUDA_HOME`` or ``PATH`` names,
   for ``MKRS_CUDA_ARCHS`` (default ``80;90a;90+PTX``: one binary for sm_80 and later). Only headers of
@@ -148,11 +148,15 @@ def extension() -> "cpp_extension.Extension":
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # torch's own headers trip this one.
     flags.append("-Wno-unused-parameter")
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/memory/*.cpp")
     link_args: list[str] = []
     compile_args: dict[str, list[str]] = {"cxx": flags}
     if sys.platform == "darwin":
         files += sources("csrc/mps/*.cpp", "csrc/mps/*.mm")
+        # The Metal sources travel inside the binary as text: torch compiles them at first use.
+        shaders = "build/shader_sources.cpp"
+        subprocess.run([sys.executable, "csrc/mps/embed_shaders.py", shaders], cwd=ROOT, check=True)
+        files.append(shaders)
         macros.append(("MKRS_MPS", None))
         link_args += ["-framework", "Metal", "-framework", "Foundation"]
     elif platform.system() == "Linux":
@@ -169,7 +173,7 @@ def extension() -> "cpp_extension.Extension":
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        depends=sources("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cuh"),
+        depends=sources("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cuh", "mps_kernels/*"),
         py_limited_api=True,
     )
 

@@ -1,0 +1,1 @@
+"""Benchmarks against peers; results go to benchmarks/results, tables to docs/performance.md."""

@@ -12,6 +12,11 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "dequant_matmul(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, "
       "Tensor? offset, Tensor? bias, int bits, int group_size, str compute=\"exact\") -> Tensor");
+  // Several weights of one format and one input; zero_point, offset and bias are empty or whole.
+  // compute has no default: autograd of list arguments needs every argument present.
+  m.def(
+      "dequant_matmul_many(Tensor input, Tensor[] codes, Tensor[] scale, Tensor[] zero_point, "
+      "Tensor[] offset, Tensor[] bias, int bits, int group_size, str compute) -> Tensor[]");
   m.def(
       "dequant_matmul_t(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, "
       "Tensor? offset, int bits, int group_size, SymInt in_features) -> Tensor");
@@ -24,4 +29,25 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "gguf_unpack(Tensor blocks, int ggml_type, int rows, int in_features) -> "
       "(Tensor codes, Tensor scale, Tensor zero)");
+
+  // Memory (csrc/memory). Arenas, frames and blocks are named by handles; private to
+  // mergekit_torch.memory.
+  m.def("_arena_create(int budget, str strategy, int max_cached) -> int");
+  m.def("_arena_close(int arena) -> ()");
+  m.def("_arena_empty(int arena, int[] size, ScalarType dtype) -> Tensor");
+  m.def("_arena_trim(int arena, int keep) -> int");
+  m.def("_arena_stats(int arena) -> int[]");
+  m.def("_arena_frame_open(int arena, int size_hint) -> int");
+  m.def("_arena_frame_empty(int frame, int[] size, ScalarType dtype) -> Tensor");
+  m.def("_arena_frame_close(int frame) -> ()");
+  m.def("_arena_block(int arena, int nbytes) -> int");
+  m.def("_arena_block_tensor(int block, int offset, int[] size, ScalarType dtype) -> Tensor");
+  m.def("_arena_block_tensors(int block) -> int");
+  m.def("_arena_block_size(int block) -> int");
+  m.def("_arena_block_release(int block) -> ()");
+  m.def(
+      "_read_file(Tensor(a!) out, int fd, int offset, int row_bytes, int row_stride, int rows, "
+      "int threads) -> (int error, int position)");
+  // What this machine was given, as JSON: for people and for `mergekit_torch.doctor`.
+  m.def("_cpu_info() -> str");
 }

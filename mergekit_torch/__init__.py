@@ -4,9 +4,11 @@ Importing this package registers the ops ``torch.ops.mkrs.*``.
 """
 
 from . import ops
+from .checkpoint import open_checkpoint, save_checkpoint
 from .format import FORMAT_VERSION, QuantFormat
 from .nn import QuantizedEmbedding, QuantizedLinear
-from .quantize_ import QuantizeConfig, QuantizeReport, dequantize_, quantize_
+from .quantize_ import QuantizeReport, dequantize_, quantize_
+from .quantize_config import QuantizeConfig
 from .tensor import QuantizedTensor
 from .version import __version__
 
@@ -20,6 +22,8 @@ __all__ = [
     "QuantizedTensor",
     "__version__",
     "dequantize_",
+    "open_checkpoint",
     "ops",
     "quantize_",
+    "save_checkpoint",
 ]

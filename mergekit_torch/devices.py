@@ -37,11 +37,11 @@ def check_device(name: str) -> torch.device:
     if device.type not in _KEYS:
         raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}")
     present = {
-        "cpu": lambda: True,
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-    }[device.type]()
-    if not present:
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present[device.type]:
         raise ValueError(f"device {name!r} must be present, and torch finds none here")
     if not has_kernels(device.type):
         raise ValueError(

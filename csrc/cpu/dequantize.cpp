@@ -1,4 +1,5 @@
 #include "checks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
@@ -16,6 +17,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
   Tensor result = empty_on(codes, sizes_with_last(codes, in_features), dtype);
   const cpu::Output out{result.mutable_data_ptr(), in_features, type};
   const QuantizedWeight& w = weight.view;
+  cpu::prefer_huge_pages(out.data, w.rows * in_features * float_size(type));
   cpu::parallel_items(w.rows, w.in_features, [&](int64_t begin, int64_t end) {
     cpu::kernels().dequantize_rows(w, nullptr, begin, end, out);
   });

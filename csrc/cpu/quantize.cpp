@@ -1,6 +1,7 @@
 #include <atomic>
 
 #include "checks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
@@ -45,6 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t bits, 
   target.scheme = scheme;
   target.scale_type = scale_type;
 
+  cpu::prefer_huge_pages(target.codes, matrix.rows * code_bytes(in_features, bits));
   std::atomic<int> status{0};
   std::atomic<int64_t> row{-1};
   cpu::parallel_items(matrix.rows, in_features, [&](int64_t begin, int64_t end) {

@@ -9,7 +9,8 @@ from .errors import CheckpointError
 from .gguf_names import gguf_to_hf_name, hf_config, hf_to_gguf_name
 from .info import QuantInfo, TensorInfo
 from .reader import Checkpoint, TensorSlice, open_checkpoint
-from .writer import CheckpointWriter, TensorSpec, save_checkpoint
+from .save import ShardedWriter, save_checkpoint
+from .writer import CheckpointWriter, TensorSpec
 
 __all__ = [
     "Checkpoint",
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointWriter",
     "ConvertedCheckpoint",
     "QuantInfo",
+    "ShardedWriter",
     "TensorInfo",
     "TensorSlice",
     "TensorSpec",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .gguf_header import GgufTensor, parse_gguf
 from .info import SAFETENSORS_DTYPES, QuantInfo, TensorInfo
 from .mapped_file import MappedFile
 from .native import PREFIX, parse_native
+from .pread import ReadMemory, available_memory, read_slice
 from .safetensors_header import StoredTensor, header_length, load_json, parse_header
 
 __all__ = ["Checkpoint", "TensorSlice", "open_checkpoint"]
@@ -115,8 +117,11 @@ class Checkpoint(Mapping[str, Any]):
         self.format = format
         #: The file's own metadata: strings for safetensors, the key-value pairs for GGUF.
         self.metadata = metadata
+        #: How tensors get into memory: ``"mmap"`` or ``"pread"``, see :func:`open_checkpoint`.
+        self.read = "mmap"
         self._entries = entries
         self._files = files
+        self._memory: ReadMemory | None = None
 
     def __getitem__(self, name: str) -> Any:
         entry = self._entry(name)
@@ -152,6 +157,29 @@ class Checkpoint(Mapping[str, Any]):
         """Let go of the files. Tensors already taken stay valid; further access raises."""
         for file in self._files:
             file.close()
+        if self._memory is not None:
+            self._memory.close()
+
+    def drop_pages(self, name: str) -> None:
+        """Take a tensor's pages of the memory map out of this process's resident memory.
+
+        A reader that goes through a file once calls it behind itself. Tensors over the pages stay
+        valid and read them from the file again; what was *written* into them is lost. Does nothing
+        for ``read="pread"``.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        entry = self._entry(name)
+        parts = entry.stored.values() if isinstance(entry.stored, dict) else [entry.stored]
+        for part in parts:
+            entry.file.drop_pages(part.begin, part.end - part.begin)
+
+    def _read_with_pread(self) -> None:
+        self.read = "pread"
+        self._memory = ReadMemory()
+        for file in self._files:
+            file.memory = self._memory
 
     @property
     def files(self) -> list[Path]:
@@ -284,8 +312,20 @@ class TensorSlice:
             return _plain(entry, parts)
         if isinstance(entry.stored, GgufTensor):
             return self._gguf(entry, parts)
-        tensor = self._checkpoint[entry.name]
-        return tensor[tuple(parts)]
+        return self._native(entry, parts)
+
+    def _native(self, entry: _Entry, parts: list[int | slice]) -> Any:
+        checkpoint = self._checkpoint
+        if entry.file.memory is None:
+            return checkpoint[entry.name][tuple(parts)]
+        assert isinstance(entry.stored, dict)
+        views = {
+            part: _view(entry.file, stored, SAFETENSORS_DTYPES[stored.code], mapped=True)
+            for part, stored in entry.stored.items()
+        }
+        # The class knows where rows and columns may be cut; only what is left is copied.
+        tensor = checkpoint._quantized(entry, views)[tuple(parts)]
+        return tensor.clone(memory_format=torch.contiguous_format)
 
     def _gguf(self, entry: _Entry, parts: list[int | slice]) -> Any:
         layout = GGUF_LAYOUTS[entry.stored.type]  # type: ignore[union-attr]
@@ -315,7 +355,10 @@ class TensorSlice:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    read: Literal["mmap", "pread", "auto"] = "mmap",
 ) -> Checkpoint:
     """Open a checkpoint without reading its tensors.
 
@@ -325,6 +368,12 @@ def open_checkpoint(
             bytes decide, not its name.
         dtype: float32, float16 or bfloat16 that quantized weights dequantize to. None: what the
             file says, else float32.
+        read: ``"mmap"``: tensors are views onto the mapped file; nothing is read until it is used,
+            and the system may drop pages again, so this has the smaller footprint. ``"pread"``: a
+            tensor is read when it is taken, by several threads into huge pages of its own, which
+            costs about a third of the processor time of faulting a map in; failures to read are
+            exceptions, and tensors are independent of the file afterwards. ``"auto"``: pread if
+            the whole checkpoint fits into half of the memory that is available now, else mmap.
 
     Raises:
         FileNotFoundError: the path, or a shard that an index or a split file needs, is not there.
@@ -333,6 +382,8 @@ def open_checkpoint(
     """
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype must be float32, float16, bfloat16 or None, got {dtype}")
+    if read not in ("mmap", "pread", "auto"):
+        raise ValueError(f"read must be 'mmap', 'pread' or 'auto', got {read!r}")
     where = Path(path)
     if where.is_dir():
         where = _find(where)
@@ -341,6 +392,8 @@ def open_checkpoint(
     with _without_gc():
         checkpoint = _open(where, dtype)
     checkpoint.path = Path(path)
+    if read == "pread" or (read == "auto" and checkpoint.nbytes <= available_memory() // 2):
+        checkpoint._read_with_pread()
     return checkpoint
 
 
@@ -563,11 +616,17 @@ def _refuse_codebook(entry: _Entry) -> None:
     raise NotImplementedError(f"{info.file}: tensor {info.name!r}: {reason}; {advice}")
 
 
-def _plain(entry: _Entry, index: list[int | slice] | None = None) -> Tensor:
+def _plain_dtype(entry: _Entry) -> torch.dtype:
+    """The dtype of a plain tensor; raises for a type that torch does not have."""
     _refuse_codebook(entry)
-    assert not isinstance(entry.stored, dict)
     assert entry.dtype is not None
-    return _view(entry.file, entry.stored, entry.dtype, index)
+    return entry.dtype
+
+
+def _plain(entry: _Entry, index: list[int | slice] | None = None) -> Tensor:
+    dtype = _plain_dtype(entry)
+    assert not isinstance(entry.stored, dict)
+    return _view(entry.file, entry.stored, dtype, index)
 
 
 def _view(
@@ -575,10 +634,22 @@ def _view(
     stored: StoredTensor | GgufTensor,
     dtype: torch.dtype,
     index: list[int | slice] | None = None,
+    mapped: bool = False,
 ) -> Tensor:
-    """The stored bytes as a tensor, indexed; copied only if they are not aligned to ``dtype``."""
+    """The stored bytes as a tensor, indexed; copied only if they are not aligned to ``dtype``.
+
+    Read into memory instead if the file says so, unless a view of the map is asked for.
+    """
     file.check()
-    raw = file.view(stored.begin, stored.end - stored.begin)
+    if file.memory is not None and not mapped:
+        whole = [slice(None)] * len(stored.shape) if index is None else index
+        if all(isinstance(part, int) or part.step in (None, 1) for part in whole):
+            return read_slice(
+                file.opened(), file.path, file.memory, stored.begin, stored.shape, dtype, whole
+            )
+        return _view(file, stored, dtype, index, mapped=True).clone()
+    count = stored.end - stored.begin
+    raw = file.view_map(stored.begin, count) if mapped and count else file.view(stored.begin, count)
     if raw.data_ptr() % dtype.itemsize == 0:
         tensor = raw.view(dtype).view(stored.shape)
         return tensor[tuple(index)] if index is not None else tensor
@@ -600,14 +671,15 @@ def _gguf_components(
     entry.file.check()
     *leading, k = stored.shape
     row_bytes = k // layout.block * layout.block_bytes
-    blocks = entry.file.view(stored.begin, stored.end - stored.begin).view(*leading, row_bytes)
+    begin, nbytes = stored.begin, stored.end - stored.begin
     if rows is not None:
-        blocks = blocks[rows]
-        leading = list(blocks.shape[:-1])
-    count = 1
-    for size in leading:
-        count *= size
-    blocks = blocks.reshape(count, row_bytes)
+        first, last, _ = rows.indices(leading[0])
+        step = nbytes // max(leading[0], 1)
+        begin, nbytes = begin + first * step, max(0, last - first) * step
+        leading[0] = max(0, last - first)
+    blocks = entry.file.view(begin, nbytes)
+    count = math.prod(leading)
+    blocks = blocks.view(count, row_bytes)
     if columns is not None:
         begin, end = (edge // layout.block * layout.block_bytes for edge in columns)
         blocks, k = blocks[:, begin:end], columns[1] - columns[0]

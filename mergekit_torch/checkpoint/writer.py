@@ -1,17 +1,16 @@
-"""Writing safetensors files: :class:`CheckpointWriter` and :func:`save_checkpoint`."""
+"""Writing one safetensors file: :class:`CheckpointWriter`."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import re
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -19,13 +18,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
 from .info import QuantInfo, dtype_code
 from .native import PREFIX, check_quant_info, native_metadata
-from .reader import Checkpoint
-from .safetensors_header import StoredTensor, build_header, load_json
+from .safetensors_header import StoredTensor, build_header
 
-__all__ = ["CheckpointWriter", "TensorSpec", "save_checkpoint", "spec_of"]
+__all__ = ["CheckpointWriter", "TensorSpec", "parse_size", "spec_of"]
 
 _CHUNK = 1 << 28  # one write() call; some systems refuse more than 2 GiB
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -102,6 +99,9 @@ class CheckpointWriter:
         path: the file to write; an existing one, or a symbolic link, is replaced at the end.
         specs: name -> :class:`TensorSpec`, or a Tensor or QuantizedTensor to take it from.
         metadata: strings for ``__metadata__``; keys that start with ``mkrs.`` are the format's own.
+        partial: write to ``.<name>.partial``, taking over one that is there, for jobs that go on
+            after a kill. Whoever asks for it keeps track of what is in the file (see
+            :meth:`skip_rows`), and sets :attr:`keep` to have :meth:`abort` leave it.
 
     Raises:
         ValueError: names that collide, metadata that is not strings, an impossible quantization.
@@ -122,8 +122,11 @@ class CheckpointWriter:
         specs: Mapping[str, Any],
         *,
         metadata: Mapping[str, str] | None = None,
+        partial: bool = False,
     ) -> None:
         self.path = _resolve(path)
+        #: Whether :meth:`abort` leaves a partial file behind.
+        self.keep = False
         self._specs = {
             name: spec if isinstance(spec, TensorSpec) else spec_of(spec)
             for name, spec in specs.items()
@@ -133,6 +136,7 @@ class CheckpointWriter:
         self._temporary: Path | None = None
         header, self._stored, self.nbytes = self._header(dict(metadata or {}))
         self._pending = set(self._specs)
+        self._rows: dict[str, int] = {}  # written so far, of tensors that come in rows
         if self.path.is_dir():
             raise IsADirectoryError(
                 errno.EISDIR, "is a directory, not a file to write", str(self.path)
@@ -141,10 +145,13 @@ class CheckpointWriter:
             # Renaming would get around the protection.
             reason = "is read-only; make it writable or choose another path"
             raise PermissionError(errno.EACCES, reason, str(self.path))
-        temporary = self.path.with_name(f".{self.path.name[:80]}.{secrets.token_hex(6)}.tmp")
+        suffix = "partial" if partial else f"{secrets.token_hex(6)}.tmp"
+        temporary = self.path.with_name(f".{self.path.name[:80]}.{suffix}")
         with self._named("create"):
             # Not mkstemp: the file is to get the permissions of any other file of the user.
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            flags = os.O_RDWR | os.O_CREAT | (0 if partial else os.O_EXCL)
+            #: Whether a partial file was there already.
+            self.took_over = temporary.exists()
             flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
             fd = os.open(temporary, flags, 0o666)
         self._temporary = temporary
@@ -154,6 +161,8 @@ class CheckpointWriter:
             self._file = os.fdopen(fd, "wb", buffering=0)
             with self._named("write"):
                 self._put(0, memoryview(header))
+                if partial:  # what was there may have been longer
+                    self._file.truncate(self.nbytes)
         except BaseException:
             self.abort()
             raise
@@ -246,6 +255,66 @@ class CheckpointWriter:
             with self._lock, self._named("write"):
                 self._put(self._stored[part].begin, data)
 
+    def write_rows(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Write the next rows of a declared tensor; one that comes in rows comes in order.
+
+        Args:
+            name: a declared name.
+            parts: ``{"": rows}`` of a plain tensor, or the components of a quantized one; each
+                ``[n, elements of a row]``, all leading dimensions counted as one. The rows of a
+                vector are its elements.
+
+        Raises:
+            KeyError: the name was not declared.
+            ValueError: more rows than declared, or another dtype or row length.
+            OSError: the data cannot be written; the old file is intact.
+        """
+        if self._file is None:
+            raise ValueError(f"{self.path}: the writer must be open, got one that is finished")
+        spec = self._specs.get(name)
+        if spec is None:
+            raise KeyError(f"{self.path}: tensor {name!r} was not declared")
+        with self._lock:
+            first = self._rows.setdefault(name, 0)
+            if name not in self._pending:
+                raise ValueError(f"{self.path}: tensor {name!r} must be written once, got it again")
+        count = 0
+        for part, (dtype, shape) in spec.stored(name).items():
+            value = parts[part.removeprefix(f"{name}_") if spec.quantization else ""]
+            columns = shape[-1] if len(shape) > 1 else 1
+            count = value.shape[0]
+            fits = first + count <= _row_count(shape)
+            if value.dtype != dtype or tuple(value.shape) != (count, columns) or not fits:
+                raise ValueError(
+                    f"{self.path}: tensor {part!r}: must be {dtype} rows of {columns} elements up "
+                    f"to {_row_count(shape)} of them, got {value.dtype} of shape "
+                    f"{list(value.shape)} after {first}"
+                )
+            position = self._stored[part].begin + first * columns * dtype.itemsize
+            data = _bytes_of(value)
+            with self._lock, self._named("write"):
+                self._put(position, data)
+        self.skip_rows(name, count)
+
+    def skip_rows(self, name: str, count: int) -> None:
+        """Count the next rows of a tensor as written: a taken-over partial file has them."""
+        with self._lock:
+            self._rows[name] = self._rows.get(name, 0) + count
+            if self._rows[name] == _row_count(self._specs[name].shape):
+                self._pending.discard(name)
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk.
+
+        Raises:
+            OSError: it did not get there.
+        """
+        if self._file is not None:
+            with self._named("write"):
+                os.fdatasync(self._file.fileno()) if hasattr(os, "fdatasync") else os.fsync(
+                    self._file.fileno()
+                )
+
     def _check_quantized(self, name: str, spec: TensorSpec, tensor: Any) -> dict[str, Tensor]:
         if not _is_quantized(tensor):
             raise ValueError(
@@ -308,7 +377,7 @@ class CheckpointWriter:
             with contextlib.suppress(OSError):
                 file.close()
         temporary, self._temporary = self._temporary, None
-        if temporary is not None:
+        if temporary is not None and not self.keep:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
 
@@ -348,6 +417,11 @@ class CheckpointWriter:
                 ) from error
             reason = f"cannot {action}: {error.strerror or error}; an existing file is unchanged"
             raise OSError(error.errno, reason, str(self.path)) from error
+
+
+def _row_count(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor, all leading dimensions counted as one; a vector's are its elements."""
+    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -399,186 +473,3 @@ def parse_size(size: int | str) -> int:
     if value < 1:
         raise ValueError(f"a size must be at least one byte, got {size!r}")
     return int(value)
-
-
-def _specs_of(tensors: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    if not isinstance(tensors, Checkpoint):
-        return {name: spec_of(tensors[name]) for name in tensors}
-    specs = {}
-    for name in tensors:
-        info = tensors.info(name)
-        if info.dtype is None:
-            tensors[name]  # raises, naming the type
-            raise AssertionError(f"{name} has no dtype and was read")
-        specs[name] = TensorSpec(info.dtype, info.shape, info.quantization)
-    return specs
-
-
-def _plan(specs: Mapping[str, TensorSpec], limit: int | None) -> list[dict[str, TensorSpec]]:
-    """Tensors to shards, in order; a tensor larger than the limit gets a shard of its own."""
-    shards: list[dict[str, TensorSpec]] = [{}]
-    used = 0
-    for name, spec in specs.items():
-        size = spec.nbytes
-        if limit is not None and shards[-1] and used + size > limit:
-            shards.append({})
-            used = 0
-        shards[-1][name] = spec
-        used += size
-    return shards
-
-
-def save_checkpoint(
-    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
-    path: str | os.PathLike[str],
-    *,
-    metadata: Mapping[str, str] | None = None,
-    max_shard_size: int | str | None = None,
-    specs: Mapping[str, TensorSpec] | None = None,
-    progress: Callable[[str, int], None] | None = None,
-) -> list[Path]:
-    """Write tensors and QuantizedTensors as safetensors, one file or shards with an index.
-
-    Args:
-        tensors: name -> tensor. A :class:`Checkpoint` is read one tensor at a time. Pairs work as
-            well; without ``specs`` they are collected first.
-        path: a ``.safetensors`` file, or a directory (made if missing) that gets
-            ``model.safetensors``, or ``model-0000i-of-0000N.safetensors`` and
-            ``model.safetensors.index.json`` as Hugging Face names them.
-        metadata: strings for every file's ``__metadata__``; ``{"format": "pt"}`` unless given,
-            which transformers requires.
-        max_shard_size: bytes of tensor data a file, or like ``"5GB"``; only for a directory. A
-            tensor that is larger gets a file of its own.
-        specs: what the pairs will be, known beforehand; then only the tensor in flight is held.
-        progress: called with name and bytes after every tensor.
-
-    Returns:
-        The files written, the index last.
-
-    Raises:
-        ValueError: sharding into a file, a size that cannot be, specs that the tensors do not
-            match.
-        OSError: a write failed. All files are written under temporary names and renamed at the end,
-            so the old checkpoint is intact then. A directory's old weight files that are not part
-            of the new checkpoint are removed last.
-    """
-    target = Path(path)
-    limit = None if max_shard_size is None else parse_size(max_shard_size)
-    is_file = target.suffix == ".safetensors" and not target.is_dir()
-    if is_file and limit is not None:
-        raise ValueError(f"{target}: max_shard_size needs a directory to write to, got a file")
-    if not isinstance(tensors, Mapping) and specs is None:
-        tensors = dict(tensors)
-    if specs is None:
-        assert isinstance(tensors, Mapping)
-        specs = _specs_of(tensors)
-    strings = {"format": "pt"} if metadata is None else metadata
-    if is_file:
-        with CheckpointWriter(target, specs, metadata=strings) as writer:
-            _write_all(tensors, dict.fromkeys(specs, writer), progress)
-        return [writer.path]
-    made = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    target = Path(os.path.realpath(target))
-    try:
-        return _save_directory(tensors, target, specs, strings, limit, progress)
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                target.rmdir()
-        raise
-
-
-def _write_all(
-    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
-    writers: Mapping[str, CheckpointWriter],
-    progress: Callable[[str, int], None] | None,
-) -> None:
-    pairs = ((name, tensors[name]) for name in tensors) if isinstance(tensors, Mapping) else tensors
-    for name, tensor in pairs:
-        writer = writers.get(name)
-        if writer is None:
-            raise ValueError(f"tensor {name!r} must be in specs, and is not")
-        writer.write(name, tensor)
-        if progress is not None:
-            progress(name, writer._specs[name].nbytes)
-
-
-def _save_directory(
-    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
-    directory: Path,
-    specs: Mapping[str, TensorSpec],
-    metadata: Mapping[str, str],
-    limit: int | None,
-    progress: Callable[[str, int], None] | None,
-) -> list[Path]:
-    shards = _plan(specs, limit)
-    count = len(shards)
-    index_path = directory / "model.safetensors.index.json"
-    stale = _old_files(directory, index_path)
-    with contextlib.ExitStack() as stack:
-        writers: list[CheckpointWriter] = []
-        owner: dict[str, CheckpointWriter] = {}
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            name = (
-                "model.safetensors"
-                if count == 1
-                else f"model-{number:05d}-of-{count:05d}.safetensors"
-            )
-            writer = CheckpointWriter(directory / name, shard, metadata=metadata)
-            stack.callback(writer.abort)
-            writers.append(writer)
-            owner.update(dict.fromkeys(shard, writer))
-            for tensor_name, spec in shard.items():
-                weight_map.update(dict.fromkeys(spec.stored(tensor_name), name))
-        _write_all(tensors, owner, progress)
-        for writer in writers:
-            writer._finish()
-        index: Path | None = None
-        if count > 1:
-            index = directory / f".{index_path.name}.{secrets.token_hex(6)}.tmp"
-            stack.callback(index.unlink, missing_ok=True)
-            total = sum(spec.nbytes for spec in specs.values())
-            text = json.dumps(
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-                indent=2,
-            )
-            with open(index, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        # From here on only renames. Without its index an old set of shards reads as incomplete,
-        # never as a mixture of old and new.
-        index_path.unlink(missing_ok=True)
-        for writer in writers:
-            writer._rename(writer.path)
-        if index is not None:
-            os.replace(index, index_path)
-    written = [writer.path for writer in writers] + ([index_path] if count > 1 else [])
-    for old in stale - set(written):
-        old.unlink(missing_ok=True)
-    _sync_directory(directory)
-    return written
-
-
-def _old_files(directory: Path, index_path: Path) -> set[Path]:
-    """Weight files of the checkpoint that is being replaced."""
-    old = {directory / "model.safetensors"}
-    try:
-        text = index_path.read_text(encoding="utf-8")
-    except OSError:
-        return old
-
-    def fail(what: str) -> NoReturn:
-        raise CheckpointError(f"{index_path}: {what}")
-
-    try:
-        names = set(load_json(text, fail)["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return old  # not an index; leave alone what it may mean
-    return old | {
-        directory / name
-        for name in names
-        if isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
-    }

@@ -19,19 +19,32 @@ from ..integrations.transformers import load_native
 from . import generation
 
 
+def _status_bytes(field: str) -> int | None:
+    """A field of /proc/self/status in bytes; None where there is no such file."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def peak_bytes() -> int:
     """The largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # Not ru_maxrss on Linux: a child starts with its parent's.
+    peak = _status_bytes("VmHWM")
+    if peak is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak if sys.platform == "darwin" else peak * 1024
+    return peak
 
 
 def resident_bytes() -> int:
     """The resident set now (Linux), else the peak so far."""
-    try:
-        fields = Path("/proc/self/statm").read_text().split()
-    except OSError:
-        return peak_bytes()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+    now = _status_bytes("VmRSS")
+    return peak_bytes() if now is None else now
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_native(path, device=device, dtype=dtype)
     loaded = time.perf_counter() - started
-    result = generation.generate(model, ids, request["max_new_tokens"])
+    result = generation.generate(model, ids.to(device), request["max_new_tokens"])
     peak = peak_bytes()
     accelerator = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     with torch.inference_mode():

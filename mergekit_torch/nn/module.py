@@ -72,9 +72,7 @@ class QuantizedModule(nn.Module):
         scale_dtype = default_scale_dtype(dtype) if scale_dtype is None else scale_dtype
         require_float("scale_dtype", scale_dtype)
         self.bits, self.group_size, self.scheme, self.dtype = bits, group_size, scheme, dtype
-        codes = torch.zeros(
-            rows, _code_bytes(in_features, bits), dtype=torch.uint8, device=device
-        )
+        codes = torch.zeros(rows, _code_bytes(in_features, bits), dtype=torch.uint8, device=device)
         groups = (rows, _num_groups(in_features, group_size))
         scale = torch.zeros(groups, dtype=scale_dtype, device=device)
         self.register_buffer("weight_codes", codes)
@@ -201,7 +199,7 @@ class QuantizedModule(nn.Module):
                     "module.weight"
                 )
                 return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 

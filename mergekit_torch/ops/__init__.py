@@ -10,6 +10,7 @@ _load()
 
 from .dequant_embedding import dequant_embedding
 from .dequant_matmul import dequant_matmul
+from .dequant_matmul_many import dequant_matmul_many
 from .dequant_matmul_t import dequant_matmul_t
 from .dequant_reduce import dequant_reduce
 from .dequantize import dequantize
@@ -18,6 +19,7 @@ from .quantize import quantize
 __all__ = [
     "dequant_embedding",
     "dequant_matmul",
+    "dequant_matmul_many",
     "dequant_matmul_t",
     "dequant_reduce",
     "dequantize",

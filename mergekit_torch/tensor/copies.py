@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops._common import require_float
 from ._registry import implements, unsupported
-from .quantized_tensor import QuantizedTensor
+from .quantized_tensor import QuantizedTensor, _transpose
 from .views import _dim, _is_packed_dim, _part_dim
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def clone(
     copied = base._map(
         lambda part: part.clone(memory_format=torch.contiguous_format), size=base.shape
     )
-    return copied if not self.transposed else copied.transpose(-1, -2)
+    return _transpose(copied) if self.transposed else copied
 
 
 @implements(aten._to_copy.default)
@@ -68,7 +68,7 @@ def to_copy(
         unsupported(f"layout={layout}")
 
     def move(part: Tensor) -> Tensor:
-        return aten._to_copy.default(  # type: ignore[no-any-return]
+        return aten._to_copy.default(
             part,
             device=device,
             pin_memory=pin_memory,
@@ -196,4 +196,4 @@ def index(self: Any, indices: Sequence[Tensor | None]) -> QuantizedTensor:
     fill: list[Any] = [codes]
     for part in (self.scale, self.zero_point, self.offset):
         fill.append(None if part is None else aten.index.Tensor(part, indices))
-    return self._with(tuple(fill), size=(*codes.shape[:-1], self.in_features))  # type: ignore[arg-type]
+    return self._with(tuple(fill), size=(*codes.shape[:-1], self.in_features))

@@ -100,7 +100,7 @@ for _op in (
 def _in_place(op: Any) -> Any:
     def handler(self: Any, other: Any, **kwargs: Any) -> Tensor:
         if isinstance(self, QuantizedTensor):
-            return unsupported(f"{op}, a change in place")  # type: ignore[no-any-return]
+            return unsupported(f"{op}, a change in place")
         result: Tensor = op(self, _dense(other), **kwargs)
         return result
 
@@ -158,6 +158,4 @@ def allclose(
         raise ValueError(
             f"allclose needs one shape, got {tuple(self.shape)} and {tuple(other.shape)}"
         )
-    return all(
-        torch.allclose(a, b, rtol, atol, equal_nan) for a, b in _row_blocks(self, other)
-    )
+    return all(torch.allclose(a, b, rtol, atol, equal_nan) for a, b in _row_blocks(self, other))

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 def _right(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight (+ bias)`` for a dense ``x [..., k]`` and a quantized matrix ``[k, n]``."""
     if isinstance(x, QuantizedTensor) or isinstance(bias, QuantizedTensor):
-        return unsupported(  # type: ignore[no-any-return]
+        return unsupported(
             "a product of two quantized tensors", "call .dequantize() on one of them"
         )
     if x.shape[-1] != weight.shape[0]:
@@ -42,7 +42,7 @@ def _right(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
 def _left(weight: QuantizedTensor, y: Tensor) -> Tensor:
     """``weight @ y`` for a quantized matrix ``[n, k]`` and a dense ``y [k, m]``."""
     if isinstance(y, QuantizedTensor):
-        return unsupported(  # type: ignore[no-any-return]
+        return unsupported(
             "a product of two quantized tensors", "call .dequantize() on one of them"
         )
     return _right(y.t(), _transpose(weight)).t().contiguous()
@@ -77,18 +77,14 @@ def mv(a: Tensor, b: Tensor) -> Tensor:
 @implements(aten.dot.default, aten.vdot.default)
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Refused: its gradient in torch is a scaled row, which would be a quantized gradient."""
-    return unsupported(  # type: ignore[no-any-return]
-        "dot", "multiply a matrix (x.unsqueeze(0) @ row), or call .dequantize()"
-    )
+    return unsupported("dot", "multiply a matrix (x.unsqueeze(0) @ row), or call .dequantize()")
 
 
 @implements(aten.addmm.default, aten.addmv.default)
-def addmm(
-    bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1
-) -> Tensor:
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
     """``beta*bias + alpha*(a @ b)``; a plain bias of a linear layer is fused."""
     if isinstance(bias, QuantizedTensor):
-        return unsupported("being the summand of addmm")  # type: ignore[no-any-return]
+        return unsupported("being the summand of addmm")
     fused = (
         isinstance(b, QuantizedTensor)
         and b.transposed
@@ -128,12 +124,10 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 @implements(aten.baddbmm.default)
-def baddbmm(
-    bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1
-) -> Tensor:
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: complex = 1, alpha: complex = 1) -> Tensor:
     """``beta*bias + alpha*bmm(a, b)``."""
     if isinstance(bias, QuantizedTensor):
-        return unsupported("being the summand of baddbmm")  # type: ignore[no-any-return]
+        return unsupported("being the summand of baddbmm")
     product = bmm(a, b)
     return torch.add(product if alpha == 1 else alpha * product, bias, alpha=beta)
 
@@ -142,9 +136,7 @@ def baddbmm(
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` where torch does not take it apart first (inference mode)."""
     if not isinstance(weight, QuantizedTensor) or weight.dim() != 2:
-        return unsupported(  # type: ignore[no-any-return]
-            "F.linear with anything but a quantized matrix as its weight"
-        )
+        return unsupported("F.linear with anything but a quantized matrix as its weight")
     flipped = _transpose(weight)
     if bias is not None and (not flipped.transposed or bias.dtype != input.dtype):
         return _right(input, flipped) + bias
@@ -161,9 +153,7 @@ def embedding(
 ) -> Tensor:
     """``F.embedding``: only the rows that are asked for are read and dequantized."""
     if not isinstance(weight, QuantizedTensor) or weight.transposed or weight.dim() != 2:
-        return unsupported(  # type: ignore[no-any-return]
-            "F.embedding with anything but a quantized table [N, K]"
-        )
+        return unsupported("F.embedding with anything but a quantized table [N, K]")
     result: Tensor = torch.ops.mkrs.dequant_embedding(
         indices,
         *weight._parts(),
@@ -173,4 +163,3 @@ def embedding(
         weight.dtype,
     )
     return result
-

@@ -73,7 +73,7 @@ class QuantizedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
+    def __new__(  # noqa: D102
         cls: "type[QuantizedTensor]",
         codes: Tensor,
         scale: Tensor,
@@ -94,7 +94,8 @@ class QuantizedTensor(torch.Tensor):
             rows = [p.unsqueeze(0) if isinstance(p, Tensor) else p for p in parts]
         else:
             rows = list(parts)
-        check_components(*rows, bits, group_size, in_features)  # type: ignore[arg-type]
+        c, s, z, o = rows
+        check_components(c, s, z, o, bits, group_size, in_features)  # type: ignore[arg-type]
         for part in parts:
             if isinstance(part, QuantizedTensor):
                 raise TypeError("components must be plain tensors, got a QuantizedTensor")
@@ -230,13 +231,15 @@ class QuantizedTensor(torch.Tensor):
         """The stored orientation ``[..., N, K]``."""
         return _transpose(self) if self.transposed else self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        rate = self.bits_per_weight
+        # Symbolic under torch.compile with dynamic shapes.
+        stored = f", {rate:.3g} bits per weight" if isinstance(rate, float) else ""
         return (
             f"QuantizedTensor(shape={tuple(self.shape)}, bits={self.bits}, "
             f"group_size={self.group_size}, scheme={self.scheme!r}, "
             f"scale={str(self.scale.dtype).removeprefix('torch.')}, "
-            f"dtype={self.dtype}, device='{self.device}', "
-            f"{self.bits_per_weight:.3g} bits per weight"
+            f"dtype={self.dtype}, device='{self.device}'{stored}"
             f"{', transposed' if self.transposed else ''})"
         )
 
@@ -274,7 +277,7 @@ class QuantizedTensor(torch.Tensor):
     # --- torch's protocols ------------------------------------------------------------------
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -318,9 +321,9 @@ class QuantizedTensor(torch.Tensor):
             copied: QuantizedTensor = memo[id(self)]
             return copied
         # Components go through the memo, so that what shared memory before shares it after.
-        copied = self._map(lambda part: part.__deepcopy__(memo))  # type: ignore[attr-defined]
+        copied = self._map(lambda part: part.__deepcopy__(memo))
         if getattr(self, "_is_param", False):
-            copied._is_param = True  # type: ignore[attr-defined]
+            copied._is_param = True
         memo[id(self)] = copied
         return copied
 
@@ -384,9 +387,7 @@ def _transpose(tensor: QuantizedTensor) -> QuantizedTensor:
     size, stride = list(tensor.shape), list(tensor.stride())
     size[-1], size[-2] = size[-2], size[-1]
     stride[-1], stride[-2] = stride[-2], stride[-1]
-    return tensor._with(
-        tensor._parts(), size=size, stride=stride, transposed=not tensor.transposed
-    )
+    return tensor._with(tensor._parts(), size=size, stride=stride, transposed=not tensor.transposed)
 
 
 def _rebuild(
@@ -403,7 +404,7 @@ def _rebuild(
     if transposed:
         tensor = _transpose(tensor)
     if is_param:
-        tensor._is_param = True  # type: ignore[attr-defined]
+        tensor._is_param = True
     return tensor
 
 

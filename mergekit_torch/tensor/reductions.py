@@ -82,9 +82,7 @@ def _reduce(
     elif reduction == "sum" and dims == [last - 1]:
         kept = _sum_over_rows(base)
     else:
-        return unsupported(  # type: ignore[no-any-return]
-            f"{name} over dimensions that leave in_features"
-        )
+        return unsupported(f"{name} over dimensions that leave in_features")
     return _finish(self, kept, dims, keepdim)
 
 
@@ -123,18 +121,14 @@ def mean(
 @implements(aten.amax.default)
 def amax(self: QuantizedTensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     """The largest element over in_features, and over more if asked."""
-    result = _reduce(
-        self, "amax", "amax", lambda t, d: t.amax(d, keepdim=True), dim, keepdim
-    )
+    result = _reduce(self, "amax", "amax", lambda t, d: t.amax(d, keepdim=True), dim, keepdim)
     return result.to(self.dtype)
 
 
 @implements(aten.amin.default)
 def amin(self: QuantizedTensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     """The smallest element over in_features, and over more if asked."""
-    result = _reduce(
-        self, "amin", "amin", lambda t, d: t.amin(d, keepdim=True), dim, keepdim
-    )
+    result = _reduce(self, "amin", "amin", lambda t, d: t.amin(d, keepdim=True), dim, keepdim)
     return result.to(self.dtype)
 
 
@@ -170,9 +164,7 @@ def vector_norm(
             self, "norm", "abs_max", lambda t, d: t.amax(d, keepdim=True), dim, keepdim
         )
     else:
-        return unsupported(  # type: ignore[no-any-return]
-            f"norm of order {ord}", "use order 2 or infinity, or call .dequantize()"
-        )
+        return unsupported(f"norm of order {ord}", "use order 2 or infinity, or call .dequantize()")
     return result.to(dtype or self.dtype)
 
 

@@ -54,13 +54,13 @@ def t(self: QuantizedTensor) -> QuantizedTensor:
 
 @implements(aten.transpose.int, aliasing=True)
 def transpose(self: QuantizedTensor, dim0: int, dim1: int) -> QuantizedTensor:
-    """Swap the last two dimensions, or two leading ones."""
+    """Swap two dimensions."""
     return permute_dims(self, _swapped(self.dim(), _dim(self, dim0), _dim(self, dim1)))
 
 
 @implements(aten.permute.default, aliasing=True)
 def permute(self: QuantizedTensor, dims: Sequence[int]) -> QuantizedTensor:
-    """Any order that keeps the two matrix dimensions last."""
+    """Any order that leaves in_features last or second to last."""
     order = [_dim(self, dim) for dim in dims]
     if sorted(order) != list(range(self.dim())):
         raise ValueError(f"permute needs each of {self.dim()} dims once, got {list(dims)}")
@@ -74,27 +74,25 @@ def _swapped(ndim: int, dim0: int, dim1: int) -> list[int]:
 
 
 def permute_dims(self: QuantizedTensor, order: list[int]) -> QuantizedTensor:
-    """Permute leading dimensions and swap the last two if ``order`` says so."""
+    """Permute dimensions so that in_features stays last, or comes second to last."""
     ndim = self.dim()
-    if ndim == 1:
-        return self._with(self._parts())
-    tail = order[-2:]
-    if sorted(tail) != [ndim - 2, ndim - 1]:
-        return unsupported(
-            f"permute{tuple(order)}, which moves a row dimension out of the last two places"
-        )
-    result = self
-    leading = order[:-2]
-    if leading != list(range(ndim - 2)):
-        whole = [*leading, ndim - 2, ndim - 1]
-        result = self._map(
-            lambda part: part.permute(whole),
-            size=[self.shape[i] for i in whole],
-            stride=[self.stride()[i] for i in whole],
-        )
-    if tail[0] > tail[1]:
-        return _transpose(result)
-    return result if result is not self else self._with(self._parts())
+    if self.transposed:
+        stored = {ndim - 1: ndim - 2, ndim - 2: ndim - 1}
+        rows = [stored.get(dim, dim) for dim in order]
+    else:
+        rows = list(order)
+    packed = rows.index(ndim - 1)
+    if packed < ndim - 2:
+        return unsupported(f"permute{tuple(order)}, which moves in_features off the last two dims")
+    transposed = packed == ndim - 2
+    if transposed:
+        rows[-2:] = [rows[-1], rows[-2]]
+    return self._map(
+        lambda part: part.permute(rows),
+        size=[self.shape[dim] for dim in order],
+        stride=[self.stride()[dim] for dim in order],
+        transposed=transposed,
+    )
 
 
 @implements(aten.slice.Tensor, aliasing=True)
@@ -134,11 +132,7 @@ def _slice_columns(
     per_byte, group = 8 // self.bits, self.group_size
     whole_rows = end == self.in_features
     one_group = end <= (start // group + 1) * group
-    if (
-        start % per_byte
-        or (end % per_byte and not whole_rows)
-        or (start % group and not one_group)
-    ):
+    if start % per_byte or (end % per_byte and not whole_rows) or (start % group and not one_group):
         step = math.lcm(group, per_byte)
         raise ValueError(
             f"a column slice of a {self.bits}-bit tensor with group_size {group} must start at a "
@@ -227,9 +221,7 @@ def unsqueeze(self: QuantizedTensor, dim: int) -> QuantizedTensor:
 
 
 @implements(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aliasing=True)
-def squeeze(
-    self: QuantizedTensor, dim: int | Sequence[int] | None = None
-) -> QuantizedTensor:
+def squeeze(self: QuantizedTensor, dim: int | Sequence[int] | None = None) -> QuantizedTensor:
     """Drop leading dimensions of size 1; K stays."""
     if dim is None:
         dims = list(range(self.dim()))
@@ -249,7 +241,9 @@ def squeeze(
     return result
 
 
-@implements(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aliasing=True)
+@implements(
+    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aliasing=True
+)
 def view(self: QuantizedTensor, size: Sequence[int], *_: Any) -> QuantizedTensor:
     """Other leading dimensions over the same rows of K."""
     shape = list(size)
@@ -291,7 +285,9 @@ def _view_stride(codes: Tensor | None, self: QuantizedTensor) -> list[int] | Non
 
 
 @implements(aten.expand.default, aliasing=True)
-def expand(self: QuantizedTensor, size: Sequence[int], *, implicit: bool = False) -> QuantizedTensor:
+def expand(
+    self: QuantizedTensor, size: Sequence[int], *, implicit: bool = False
+) -> QuantizedTensor:
     """Repeat leading dimensions without copying."""
     shape = list(size)
     offset = len(shape) - self.dim()

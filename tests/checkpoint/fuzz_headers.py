@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-from files import entry, gguf_bytes, safetensors_bytes
+from files import entry, gguf_bytes, safetensors_bytes  # noqa: E402
 
-from mergekit_torch.checkpoint import CheckpointError
-from mergekit_torch.checkpoint.gguf_header import parse_gguf
-from mergekit_torch.checkpoint.info import SAFETENSORS_BITS
-from mergekit_torch.checkpoint.native import parse_native
-from mergekit_torch.checkpoint.safetensors_header import header_length, parse_header
+from mergekit_torch.checkpoint import CheckpointError  # noqa: E402
+from mergekit_torch.checkpoint.gguf_header import parse_gguf  # noqa: E402
+from mergekit_torch.checkpoint.info import SAFETENSORS_BITS  # noqa: E402
+from mergekit_torch.checkpoint.native import parse_native  # noqa: E402
+from mergekit_torch.checkpoint.safetensors_header import header_length, parse_header  # noqa: E402
 
 #: Values that sit at the edges of what fields can hold.
 EDGES = [0, 1, 2, 7, 8, 31, 32, 33, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32]

@@ -146,7 +146,7 @@ def test_gguf_slices(tmp_path, double, ggml_type):
     from files import gguf_bytes, write
     from test_gguf_unpack import random_blocks
 
-    name, block, _ = GGML_TYPES[ggml_type]
+    _, block, _ = GGML_TYPES[ggml_type]
     k = 3 * block
     blocks = random_blocks(ggml_type, 6, k, seed=4)
     data = gguf_bytes(tensors=[("w", [k, 3, 2], ggml_type, blocks.numpy().tobytes())])

@@ -110,7 +110,7 @@ def test_dtypes_without_torch_counterpart_can_be_inspected(tmp_path):
 
 
 def test_views_share_no_storage_and_copy_nothing(plain):
-    path, tensors = plain
+    path, _ = plain
     checkpoint = open_checkpoint(path)
     first, again = checkpoint["a"], checkpoint["a"]
     assert first.data_ptr() == again.data_ptr()
@@ -383,7 +383,7 @@ def test_paths(tmp_path, plain):
         open_checkpoint(tmp_path / "nothing")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no .safetensors or .gguf"):
+    with pytest.raises(FileNotFoundError, match=r"holds no .safetensors or .gguf"):
         open_checkpoint(empty)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(CheckpointError, match="must be a regular file"):
@@ -492,7 +492,7 @@ def test_missing_shard(sharded):
 def test_shard_without_index(sharded):
     folder, _, _ = sharded
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="holds the shard model-00001-of-00002.*index"):
+    with pytest.raises(FileNotFoundError, match=r"holds the shard model-00001-of-00002.*index"):
         open_checkpoint(folder)
 
 

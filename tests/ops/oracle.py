@@ -141,14 +141,15 @@ def matmul_bound(x: np.ndarray, w: Weight, result: np.ndarray, dtype: torch.dtyp
 
     * Products and sums in float32: a sum of K terms errs by at most about (K + 4) half units of
       the sum of magnitudes (Higham, Accuracy and Stability, section 3.1).
-    * Activations may be held as 24-bit fixed point relative to their group's largest value:
-      at most 2**-23 of it each.
+    * Activations may be held as fixed point relative to their group's largest value: float32
+      with 24 bits, at most 2**-23 of it each; float16 and bfloat16 with 16 bits, 2**-15.9.
     * One rounding of the result to its dtype.
     """
     magnitude = magnitude64(w).T
     k = x.shape[-1]
     sums = (k + 4) * UNIT[torch.float32] * (np.abs(x) @ magnitude)
-    fixed_point = 2.0**-23 * (group_max64(x, w.group_size) @ magnitude)
+    step = 2.0**-23 if dtype == torch.float32 else 0.5 / 32639
+    fixed_point = step * (group_max64(x, w.group_size) @ magnitude)
     exact = sums + fixed_point + rounded_weights(x, w, dequantize64(w).T, dtype)
     return exact + UNIT[dtype] * (np.abs(result) + exact) + TINY[dtype]
 

@@ -1,0 +1,266 @@
+"""Speed and error of quantized linear layers against every peer that is installed.
+
+``python -m benchmarks.compare --device cpu`` measures the machine's limits and all contenders in
+one run and writes ``benchmarks/results/cpu.json``; ``python -m benchmarks.report`` turns that into
+docs/performance.md. Weights rotate over copies of more than eight times the last cache ("cold");
+contenders take turns, so that noise of a shared machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mergekit_torch import ops
+
+from . import limits
+from .peers_cpu import GROUP, Contender, Problem, contenders
+
+RESULTS = Path(__file__).with_name("results")
+LAYERS = {"mlp": (11008, 4096), "attention": (4096, 4096), "small": (576, 576)}
+INPUT_ROWS = (1, 4, 8, 32, 128, 512)
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Minimum, median and 90th percentile."""
+    ordered = sorted(seconds)
+    return {
+        "min": ordered[0],
+        "median": statistics.median(ordered),
+        "p90": ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))],
+        "calls": len(ordered),
+    }
+
+
+def take_turns(
+    runs: list[Callable[[int], Any]], seconds: float, per_turn: int = 4
+) -> list[list[float]]:
+    """Times of each run: turns of a few calls each until everyone had ``seconds``, at least two."""
+    times: list[list[float]] = [[] for _ in runs]
+    counters = [0] * len(runs)
+    turn = 0
+    spent = [0.0] * len(runs)
+    while turn < 2 or min(spent) < seconds:
+        for r, run in enumerate(runs):
+            if turn >= 2 and spent[r] >= seconds:
+                continue
+            run(counters[r])  # wakes this library's threads; not counted
+            counters[r] += 1
+            calls = per_turn if spent[r] < 10 * seconds else 1
+            for _ in range(calls):
+                start = time.perf_counter()
+                run(counters[r])
+                elapsed = time.perf_counter() - start
+                counters[r] += 1
+                times[r].append(elapsed)
+                spent[r] += elapsed
+        turn += 1
+    return times
+
+
+def matmul_case(
+    layer: str, m: int, bits: int, threads: int, cold: int, seconds: float
+) -> dict[str, Any]:
+    """One layer, one input height, all contenders."""
+    n, k = LAYERS[layer]
+    problem = Problem(n, k, m, bits)
+    torch.set_num_threads(threads)
+    built: list[Contender] = []
+    skipped: dict[str, str] = {}
+    for item in contenders(problem, cold, threads):
+        if isinstance(item, tuple):
+            skipped[item[0]] = item[1]
+        else:
+            built.append(item)
+    expected = problem.expected()
+    largest = expected.abs().max()
+    errors = []
+    for c in built:
+        got = c.run(0)[:, : expected.shape[1]].double()
+        errors.append(float((got - expected).abs().max() / largest))
+    times = take_turns([c.run for c in built], seconds)
+    rows = []
+    for c, error, measured in zip(built, errors, times, strict=True):
+        stats = spread(measured)
+        best = stats["min"]
+        rows.append(
+            {
+                "name": c.name,
+                "arithmetic": c.arithmetic,
+                "bits": c.bits,
+                "ours": c.ours,
+                "seconds": stats,
+                "gbps": c.weight_bytes / best / 1e9,
+                "gflops": 2 * m * n * k / best / 1e9,
+                "error": error,
+            }
+        )
+        print(
+            f"  {c.name:22} {best * 1e3:9.3f} ms  {rows[-1]['gbps']:6.1f} GB/s "
+            f"{rows[-1]['gflops']:7.1f} GFLOP/s  error {error:.1e}",
+            flush=True,
+        )
+    case = {"layer": layer, "n": n, "k": k, "m": m, "bits": bits, "threads": threads}
+    return {**case, "contenders": rows, "skipped": skipped}
+
+
+def numpy_quantize(w: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Affine int4, group 64, in plain NumPy: what one would write by hand."""
+    g = w.reshape(w.shape[0], -1, GROUP)
+    low = g.min(-1, keepdims=True)
+    scale = (g.max(-1, keepdims=True) - low) / 15
+    q = np.clip(np.rint((g - low) / np.where(scale == 0, 1, scale)), 0, 15).astype(np.uint8)
+    q = q.reshape(w.shape)
+    return q[:, ::2] | (q[:, 1::2] << 4), scale[..., 0].astype(np.float16), low[..., 0]
+
+
+def numpy_dequantize(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`numpy_quantize`."""
+    q = np.empty((codes.shape[0], codes.shape[1] * 2), np.uint8)
+    q[:, ::2], q[:, 1::2] = codes & 15, codes >> 4
+    g = q.reshape(codes.shape[0], -1, GROUP).astype(np.float32)
+    return (g * scale[..., None].astype(np.float32) + offset[..., None]).reshape(q.shape)
+
+
+def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
+    """quantize, dequantize, matmul_t and a reduction of the large layer, against NumPy."""
+    n, k = LAYERS["mlp"]
+    torch.set_num_threads(threads)
+    w = torch.randn(n, k)
+    codes, scale, offset = ops.quantize(w, 4, GROUP, "affine")
+    wn = w.numpy()
+    parts = numpy_quantize(wn)
+    code_bytes = codes.numel() + 4 * scale.numel()
+    form: dict[str, Any] = {"bits": 4, "group_size": GROUP, "in_features": k}
+    grad = torch.randn(8, n)
+    moved = 4 * w.numel() + code_bytes
+    runs: list[tuple[str, str, int, Callable[[int], Any]]] = [
+        ("quantize", "mkrs", moved, lambda i: ops.quantize(w, 4, GROUP, "affine")),
+        ("quantize", "NumPy", moved, lambda i: numpy_quantize(wn)),
+        (
+            "dequantize",
+            "mkrs",
+            moved,
+            lambda i: ops.dequantize(codes, scale, None, offset, **form, dtype=torch.float32),
+        ),
+        ("dequantize", "NumPy", moved, lambda i: numpy_dequantize(*parts)),
+        (
+            "dequant_matmul_t, 8 rows",
+            "mkrs",
+            code_bytes,
+            lambda i: ops.dequant_matmul_t(grad, codes, scale, None, offset, **form),
+        ),
+        (
+            "sum",
+            "mkrs",
+            code_bytes,
+            lambda i: ops.dequant_reduce(codes, scale, None, offset, **form, reduction="sum"),
+        ),
+        (
+            "abs_max",
+            "mkrs",
+            code_bytes,
+            lambda i: ops.dequant_reduce(codes, scale, None, offset, **form, reduction="abs_max"),
+        ),
+    ]
+    rows = []
+    for (what, who, size, _), times in zip(
+        runs, take_turns([r[3] for r in runs], seconds, 2), strict=True
+    ):
+        stats = spread(times)
+        rows.append(
+            {"op": what, "name": who, "threads": threads, "seconds": stats}
+            | {"gbps": size / stats["min"] / 1e9}
+        )
+        print(f"  {what:26} {who:6} {stats['min'] * 1e3:9.2f} ms {rows[-1]['gbps']:6.2f} GB/s")
+    return rows
+
+
+def call_cost(threads: int) -> dict[str, dict[str, float]]:
+    """Microseconds of one call on hot small layers, from Python."""
+    torch.set_num_threads(threads)
+    result = {}
+    for size in (64, 576):
+        x = torch.randn(1, size)
+        codes, scale, offset = ops.quantize(torch.randn(size, size), 4, GROUP, "affine")
+        dense = torch.randn(size, size)
+        calls: dict[str, Callable[[], Any]] = {
+            f"mkrs op {size}": functools.partial(
+                torch.ops.mkrs.dequant_matmul, x, codes, scale, None, offset, None, 4, GROUP
+            ),
+            f"torch dense f32 {size}": functools.partial(torch.nn.functional.linear, x, dense),
+        }
+        for name, call in calls.items():
+            times = []
+            for _ in range(3000):
+                start = time.perf_counter_ns()
+                call()
+                times.append((time.perf_counter_ns() - start) / 1e3)
+            result[name] = {"min": min(times), "median": statistics.median(times)}
+            print(f"  {name:24} {min(times):6.1f} us (median {result[name]['median']:.1f})")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=["mlp", "attention"])
+    parser.add_argument("--rows", nargs="+", type=int, default=list(INPUT_ROWS))
+    parser.add_argument("--threads", nargs="+", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=0.25, help="per contender and case")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
+    args = parser.parse_args(argv)
+    most = torch.get_num_threads()
+    threads = args.threads or sorted({1, most})
+    cold = 8 * limits.last_cache_bytes()
+    report: dict[str, Any] = {
+        "command": "python -m benchmarks.compare " + " ".join(sys.argv[1:]),
+        "machine": {
+            "cpu": limits.cpu_name(),
+            "threads": most,
+            "last_cache_bytes": limits.last_cache_bytes(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "limits": limits.measure(most),
+        "cases": [],
+        "storage": [],
+        "calls": {},
+    }
+    print("limits:", json.dumps(report["limits"]), flush=True)
+    for count in threads:
+        for layer in args.layers:
+            for m in args.rows:
+                print(f"{layer} {LAYERS[layer]} M={m}, {count} threads", flush=True)
+                report["cases"].append(matmul_case(layer, m, 4, count, cold, args.seconds))
+        for bits in (8, 2):
+            for m in (1, 8, 512):
+                if m in args.rows:
+                    print(f"mlp, {bits} bits, M={m}, {count} threads", flush=True)
+                    case = matmul_case("mlp", m, bits, count, cold, args.seconds)
+                    report["cases"].append(case)
+        print(f"storage, {count} threads", flush=True)
+        report["storage"] += storage_cases(count, args.seconds)
+        report["calls"][str(count)] = call_cost(count)
+    # Again at the end: a limit that moved says that the machine was not quiet.
+    report["limits_after"] = limits.measure(most)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print("wrote", args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
