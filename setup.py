@@ -5,9 +5,9 @@ Python >= 3.10 and every torch >= 2.11. Sources are chosen by platform:
 
 * ``csrc/*.cpp``, ``csrc/cpu/*.cpp``, ``csrc/memory/*.cpp`` always;
 * ``csrc/mps/*.cpp``, ``csrc/mps/*.mm`` on macOS;
-* ``csrc/cuda/*.cu`` with ``MKRS_CUDA=1``, compiled by the nvcc that ``CUDA_HOME`` or ``PATH`` names,
-  for ``MKRS_CUDA_ARCHS`` (default ``80;90a;90+PTX``: one binary for sm_80 and later). Only headers of
-  torch are needed for that, so any torch >= 2.11 will do, CPU-only ones too.
+* ``csrc/cuda/*.cu`` with ``MKRS_CUDA=1``, compiled by the nvcc that ``CUDA_HOME`` or ``PATH``
+  names, for ``MKRS_CUDA_ARCHS`` (default ``80;90a;90+PTX``: one binary for sm_80 and later). Only
+  headers of torch are needed for that, so any torch >= 2.11 will do, CPU-only ones too.
 
 Build with ``pip install --no-build-isolation .``: an isolated build would fetch another torch.
 """
@@ -82,7 +82,7 @@ def cuda_flags() -> list[str]:
 
 
 def cuda_objects(folder: Path) -> list[str]:
-    """Compile ``csrc/cuda/*.cu`` into ``folder``, several at a time, skipping what is up to date."""
+    """Compile ``csrc/cuda/*.cu`` into ``folder``, several at a time, what changed only."""
     nvcc, flags = find_nvcc(), cuda_flags()
     folder.mkdir(parents=True, exist_ok=True)
     headers = [ROOT / path for path in sources("csrc/*.h", "csrc/cuda/*.cuh", "setup.py")]
@@ -112,8 +112,8 @@ def cuda_objects(folder: Path) -> list[str]:
 def torch_cuda_stub(folder: Path) -> str:
     """A folder with a stand-in for libtorch_cuda to link against.
 
-    The one function the binary takes from there is resolved by the real library at run time; naming
-    that library as needed is what makes the loader look there, and a CPU-only torch has none to name.
+    The one function the binary takes from there is resolved by the real library at run time.
+    Naming that library as needed makes the loader look there, and a CPU-only torch has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "torch_cuda_stub.c"
