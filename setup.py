@@ -82,7 +82,7 @@ def cuda_flags() -> list[str]:
 
 
 def cuda_objects(folder: Path) -> list[str]:
-    """Compile ``csrc/cuda/*.cu`` into ``folder``, several at a time; skip what is up to date."""
+    """Compile ``csrc/cuda/*.cu`` into ``folder``, several at a time, what changed only."""
     nvcc, flags = find_nvcc(), cuda_flags()
     folder.mkdir(parents=True, exist_ok=True)
     headers = [ROOT / path for path in sources("csrc/*.h", "csrc/cuda/*.cuh", "setup.py")]
@@ -112,8 +112,8 @@ def cuda_objects(folder: Path) -> list[str]:
 def torch_cuda_stub(folder: Path) -> str:
     """A folder with a stand-in for libtorch_cuda to link against.
 
-    The one function the binary takes from there is resolved by the real library at run time; naming
-    that library as needed makes the loader look there, and a CPU-only torch has none to name.
+    The one function the binary takes from there is resolved by the real library at run time.
+    Naming that library as needed makes the loader look there, and a CPU-only torch has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "torch_cuda_stub.c"

@@ -1,7 +1,7 @@
 """CUDA timings against what the same GPU does in the same run.
 
-``python -m benchmarks.compare_cuda --json benchmarks/results/<name>.json`` times every op by replaying
-CUDA graphs over copies of the weights that together exceed the last cache, next to
+``python -m benchmarks.compare_cuda --json benchmarks/results/<name>.json`` times every op by
+replaying CUDA graphs over copies of the weights that together exceed the last cache, next to
 
 * a kernel that only reads the same number of cold bytes (the floor of decode),
 * ``F.linear`` on dense bf16 weights (cuBLAS), and
@@ -200,7 +200,7 @@ class Bench:
             error = ((first.matmul(x).double() - expected).norm() / expected.norm()).item()
             dense = F.linear(x, exact.to(dtype))
             dense_error = ((dense.double() - expected).norm() / expected.norm()).item()
-            timing = time_graph([lambda w=w: w.matmul(x) for w in weights])  # type: ignore[misc]
+            timing = time_graph([lambda w=w, x=x: w.matmul(x) for w in weights])  # type: ignore[misc]
             self.add(
                 f"dequant_matmul {name}",
                 shape,
@@ -224,7 +224,7 @@ class Bench:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             timing = time_graph(
                 [
-                    lambda p=p, z=z: torch._weight_int4pack_mm(x, p, w.group_size, z)  # type: ignore[misc]
+                    lambda p=p, z=z, x=x: torch._weight_int4pack_mm(x, p, w.group_size, z)  # type: ignore[misc]
                     for p, z in zip(packed, params, strict=True)
                 ]
             )
@@ -252,13 +252,13 @@ class Bench:
             error = ((run(first, x)[:256].double() - expected).norm() / expected.norm()).item()
             best = (product(x, dense[0])[:256].double() - expected).norm() / expected.norm()
             count = 4 if m >= 256 else 1
-            reference = time_graph([lambda d=d: product(x, d) for d in dense])  # type: ignore[misc]
+            reference = time_graph([lambda d=d, x=x, product=product: product(x, d) for d in dense])  # type: ignore[misc]
             timing = time_graph(
-                [lambda w=w: run(w, x) for w in weights * (1 if count == 4 else 4)]  # type: ignore[misc]
+                [lambda w=w, x=x, run=run: run(w, x) for w in weights * (1 if count == 4 else 4)]  # type: ignore[misc]
             )
-            extra: dict[str, Any] = {} if floor is None else {
-                "of_read": floor.median / timing.median
-            }
+            extra: dict[str, Any] = (
+                {} if floor is None else {"of_read": floor.median / timing.median}
+            )
             self.add(
                 f"{op} bfloat16",
                 f"{n}x{k} {bits}bit",
@@ -292,7 +292,10 @@ class Bench:
                 of_copy=per_byte * moved / timing.median,
             )
             timing = time_graph(
-                [lambda s=s: torch.ops.mkrs.quantize(s, bits, 64, "affine") for s in source]  # type: ignore[misc]
+                [
+                    lambda s=s, bits=bits: torch.ops.mkrs.quantize(s, bits, 64, "affine")
+                    for s in source
+                ]  # type: ignore[misc]
             )
             self.add(
                 "quantize",
@@ -320,6 +323,34 @@ def environment() -> dict[str, str]:
     }
 
 
+def table(document: dict[str, Any]) -> str:
+    """The rows as a Markdown table, for docs/performance.md."""
+    environment = document["environment"]
+    lines = [
+        f"{environment['gpu']}, torch {environment['torch']}, CUDA {environment['cuda']}:",
+        f"`{environment['command']}`",
+        "",
+        "| op | shape | M | µs (min / median) | against |",
+        "|---|---|---|---|---|",
+    ]
+    against = {"of_read": "of the pure read", "of_dense": "x dense", "of_copy": "of copy"}
+    for row in document["rows"]:
+        notes = []
+        for key, words in against.items():
+            if key in row and not (key == "of_read" and row["m"] > 16):
+                value = row[key]
+                shown = f"{value:.2f} {words}" if key == "of_dense" else f"{value:.0%} {words}"
+                notes.append(shown)
+        if "tb_s" in row:
+            notes.append(f"{row['tb_s']:.2f} TB/s")
+        m = row["m"] or ""
+        lines.append(
+            f"| {row['op']} | {row['shape']} | {m} | {row['us_min']:.1f} / {row['us_median']:.1f} "
+            f"| {', '.join(notes)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write all rows to this file")
@@ -328,7 +359,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="decode,f32,prefill,transposed,convert,peers",
         help="comma-separated parts to run",
     )
+    parser.add_argument("--table", type=Path, help="print a result file as Markdown and stop")
     arguments = parser.parse_args(argv)
+    if arguments.table is not None:
+        print(table(json.loads(arguments.table.read_text())), end="")
+        return 0
     sections = arguments.sections.split(",")
     bench = Bench()
     up, down, square = (14336, 4096), (4096, 14336), (4096, 4096)

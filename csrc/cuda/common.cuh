@@ -1,5 +1,5 @@
-// What every CUDA op shares: device and stream of a call, launch checks, element conversions and the
-// parameters of a group. Host code uses LibTorch's stable ABI and the CUDA runtime only.
+// What every CUDA op shares: device and stream of a call, launch checks, element conversions and
+// the parameters of a group. Host code uses LibTorch's stable ABI and the CUDA runtime only.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -64,19 +64,14 @@ class Scope {
                "torch's current CUDA stream must be available, got an error from torch");
     stream_ = static_cast<cudaStream_t>(stream);
   }
-  cudaStream_t stream() const {
-    return stream_;
-  }
-  const DeviceInfo& info() const {
-    return info_;
-  }
-  int device() const {
-    return device_;
-  }
+  cudaStream_t stream() const { return stream_; }
+  const DeviceInfo& info() const { return info_; }
+  int device() const { return device_; }
 
  private:
   static int index_of(const char* op, const Tensor& on) {
-    MKRS_CHECK(on.is_cuda(), op, "all tensors must be on one CUDA device, got one on another device");
+    MKRS_CHECK(on.is_cuda(), op,
+               "all tensors must be on one CUDA device, got one on another device");
     return on.get_device_index();
   }
   int device_;
@@ -188,8 +183,8 @@ struct Group {
   float offset;
 };
 
-// A group's scale and zero as they lie in memory. Loading and converting are apart so that a thread can
-// have many loads in flight before it waits for the first.
+// A group's scale and zero as they lie in memory. Loading and converting are apart so that a thread
+// can have many loads in flight before it waits for the first.
 struct RawGroup {
   uint32_t scale;
   uint32_t zero;

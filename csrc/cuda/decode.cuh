@@ -28,12 +28,12 @@ constexpr int decode_rows(Float type) {
 
 struct MatmulCall {
   QuantizedWeight w;
-  const void* x;       // [m, K], rows x_stride elements apart
+  const void* x;  // [m, K], rows x_stride elements apart
   int64_t x_stride;
-  const void* bias;    // null or [N]
-  void* out;           // [m, N] contiguous
+  const void* bias;  // null or [N]
+  void* out;         // [m, N] contiguous
   int64_t m;
-  Float type;          // of x, bias and out
+  Float type;  // of x, bias and out
 };
 
 struct DecodeParams {
@@ -42,9 +42,9 @@ struct DecodeParams {
   int64_t x_stride;
   const void* bias;
   void* out;
-  float* partial;    // [splits, m, N] when the input features are split over blocks, else null
+  float* partial;  // [splits, m, N] when the input features are split over blocks, else null
   Float type;
-  int shift;         // of group sizes
+  int shift;  // of group sizes
   int m;
   int limbs;         // operand columns per input row
   int chunks;        // units of a weight row

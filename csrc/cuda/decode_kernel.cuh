@@ -1,14 +1,17 @@
-// Floor: codes and scales read once over the memory bandwidth. At 4 bits an H100 then has to take in
-// about 20 weights a clock and multiprocessor, 6 instructions a weight if all issue slots were used.
+// Floor: codes and scales read once over the memory bandwidth. At 4 bits an H100 then has to take
+// in about 20 weights a clock and multiprocessor, 6 instructions a weight if all issue slots were
+// used.
 //
 // - The weights are the 16-row operand of m16n8k16, the activations its 8 columns, so one row of
 //   activations or sixteen cost about the same, and a weight costs two instructions.
 // - Codes become exact integers q - c; scale and shift are applied to the f32 sums of each run of
 //   k inside one group: scale * sum((q - c) x) + shift * sum(x), where each block adds up the
 //   sum(x) of every run once. So weights are never rounded to the activations' type.
-// - A block stays on its multiprocessor and walks over tiles of 16 rows; the activations are staged in
+// - A block stays on its multiprocessor and walks over tiles of 16 rows; the activations are staged
+// in
 //   shared memory once, in the order in which unpacking delivers the codes.
-// - K is split over the warps in units of 128 code bytes a row. Each warp streams its own units through
+// - K is split over the warps in units of 128 code bytes a row. Each warp streams its own units
+// through
 //   a private ring of asynchronous copies, so that no barrier stands between memory and the tensor
 //   cores; warps meet once in many tiles, to add their partial sums in a fixed order.
 #pragma once
@@ -18,12 +21,13 @@
 
 namespace mkrs::cuda {
 
-// Runs of products inside one group that a unit consists of; group sizes above 64 repeat their scale.
+// Runs of products inside one group that a unit consists of; group sizes above 64 repeat their
+// scale.
 template <int BITS, int RUN>
 constexpr int kRunsPerUnit = 1024 / BITS / (16 * RUN);
 
 template <int BITS, int RUN>
-constexpr int kPairBytes = kRunsPerUnit<BITS, RUN>* kDecodeRows * 8;  // (scale, shift) of a unit
+constexpr int kPairBytes = kRunsPerUnit<BITS, RUN> * kDecodeRows * 8;  // (scale, shift) of a unit
 
 template <int P>
 __device__ __forceinline__ void interleave(uint32_t (&w)[8]) {  // 16 elements, two a word
@@ -70,13 +74,12 @@ __device__ __forceinline__ float sum_of_pair(uint32_t word) {
   }
 }
 
-// 16 activations of one row, zeros past the end, into the columns of its limbs; `sums` receives their
-// sums.
+// 16 activations of one row, zeros past the end, into the columns of its limbs; `sums` receives
+// their sums.
 template <typename T, int P>
 __device__ __forceinline__ void stage_block(const DecodeParams& p, int row, int64_t k, int64_t end,
-                                            T* staged, int column, int local,
-                                            float (&sums)[kLimbs], bool is_early,
-                                            const uint4 (&early)[2]) {
+                                            T* staged, int column, int local, float (&sums)[kLimbs],
+                                            bool is_early, const uint4 (&early)[2]) {
   uint32_t words[8];
   const auto store = [&](int limb) {
     sums[limb] = 0.0f;
@@ -97,7 +100,8 @@ __device__ __forceinline__ void stage_block(const DecodeParams& p, int row, int6
 #pragma unroll
       for (int l = 0; l < kLimbs; ++l) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) words[i] = pack_high_halves(limbs[2 * i][l], limbs[2 * i + 1][l]);
+        for (int i = 0; i < 8; ++i)
+          words[i] = pack_high_halves(limbs[2 * i][l], limbs[2 * i + 1][l]);
         store(l);
       }
     }
@@ -137,10 +141,10 @@ struct Cursor {
 
 template <typename T, int BITS, int RUN, int TILES>
 __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const DecodeParams p) {
-  constexpr int kUnit = 8 * kUnitBytes / BITS;       // elements of a row in a unit
+  constexpr int kUnit = 8 * kUnitBytes / BITS;  // elements of a row in a unit
   constexpr int kRuns = kRunsPerUnit<BITS, RUN>;
-  constexpr int kPairsPerLane = kRuns / 2;           // 16 rows x kRuns over 32 lanes
-  constexpr int kRunBytes = 2 * RUN * BITS;          // of a row
+  constexpr int kPairsPerLane = kRuns / 2;   // 16 rows x kRuns over 32 lanes
+  constexpr int kRunBytes = 2 * RUN * BITS;  // of a row
   constexpr int kLaneBytes = kRunBytes / 4;
   constexpr int kLaneWords = (RUN * BITS + 7) / 8;
   constexpr int kSwizzle = kRunBytes >= 16 ? kRunBytes / 16 : 1;
@@ -156,10 +160,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
 
   const int first_chunk = blockIdx.y * p.split_chunks;
   const int count = min(p.split_chunks, p.chunks - first_chunk);
-  const int tile_begin =
-      static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.tiles / gridDim.x);
-  const int tile_end =
-      static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * p.tiles / gridDim.x);
+  const int tile_begin = static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.tiles / gridDim.x);
+  const int tile_end = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * p.tiles / gridDim.x);
   const int units = (tile_end - tile_begin) * count;
   const int mine = units > warp ? (units - warp + warps - 1) / warps : 0;
   const int step_tiles = warps / count;
@@ -274,8 +276,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
   Cursor issue_at = start;
   Cursor fetch_at = start;
   Cursor at = start;
-  // The first activations and scales are asked for before the codes, which would otherwise keep them
-  // waiting for the time that all the rings take to fill.
+  // The first activations and scales are asked for before the codes, which would otherwise keep
+  // them waiting for the time that all the rings take to fill.
   const int blocks = count * (kUnit / 16);  // of 16 activations, per row: a multiple of RUN
   const int64_t first_k = static_cast<int64_t>(first_chunk) * kUnit;
   uint4 early[2] = {};
@@ -284,8 +286,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
     const int row = threadIdx.x / blocks;
     const int64_t k = first_k + (threadIdx.x - row * blocks) * 16;
     if (k + 16 <= w.in_features) {
-      const uint4* from = reinterpret_cast<const uint4*>(
-          static_cast<const unsigned short*>(p.x) + row * p.x_stride + k);
+      const uint4* from = reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(p.x) +
+                                                         row * p.x_stride + k);
       early[0] = __ldg(from);
       early[1] = __ldg(from + 1);
     }
@@ -309,9 +311,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
       const int block = inside ? i - row * blocks : 0;
       float sums[kLimbs] = {};
       if (inside) {
-        stage_block<T, kInterleave<T, BITS, RUN>>(
-            p, row, first_k + block * 16, w.in_features, staged, row * p.limbs, block * 16, sums,
-            begin == 0 && is_early, early);
+        stage_block<T, kInterleave<T, BITS, RUN>>(p, row, first_k + block * 16, w.in_features,
+                                                  staged, row * p.limbs, block * 16, sums,
+                                                  begin == 0 && is_early, early);
       }
       // RUN neighbours hold the sums of one run.
 #pragma unroll
@@ -372,14 +374,14 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
       const T* x[TILES];
 #pragma unroll
       for (int tc = 0; tc < TILES; ++tc) {
-        x[tc] = (tc * 8 + g < columns ? staged + (tc * 8 + g) * p.x_row + at.chunk * kUnit : zeros) +
-                t * RUN * 4;
+        x[tc] =
+            (tc * 8 + g < columns ? staged + (tc * 8 + g) * p.x_row + at.chunk * kUnit : zeros) +
+            t * RUN * 4;
       }
 #pragma unroll
       for (int run = 0; run < kRuns; ++run) {
         const int byte = run * kRunBytes + t * kLaneBytes;
-        const unsigned char* source =
-            codes + (((byte / 16) ^ (g * kSwizzle & 7)) * 16) + byte % 16;
+        const unsigned char* source = codes + (((byte / 16) ^ (g * kSwizzle & 7)) * 16) + byte % 16;
         uint32_t a[2][RUN][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -441,8 +443,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
       ++done;
       slot = slot + 1 == p.stages ? 0 : slot + 1;
       if (at.tile != tile || done == mine) {
-        // The tile's last unit of this warp: its sums go to a slot of their own. A tile's units fall
-        // on warps in turn, so chunk % slots names each warp once.
+        // The tile's last unit of this warp: its sums go to a slot of their own. A tile's units
+        // fall on warps in turn, so chunk % slots names each warp once.
         float* own = partials + (tile - round) * tile_sums + chunk % slots * columns * kDecodeRows;
 #pragma unroll
         for (int tc = 0; tc < TILES; ++tc) {
@@ -493,9 +495,9 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
 template <typename T, int BITS, int RUN, int TILES>
 void launch_decode_kernel(const char* op, const DecodePlan& plan, cudaStream_t stream) {
   const auto kernel = decode_kernel<T, BITS, RUN, TILES>;
-  check_cuda(op, "asking for shared memory",
-             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  plan.shared_bytes));
+  check_cuda(
+      op, "asking for shared memory",
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes));
   kernel<<<dim3(plan.blocks, plan.splits), plan.threads, plan.shared_bytes, stream>>>(plan.params);
   check_launch(op);
 }

@@ -13,20 +13,22 @@ enum class Route {
   Dense,   // dequantize into scratch, then torch's matmul
 };
 
-constexpr int64_t kMostDecodeRows = 8;   // 16-bit inputs where the fused kernel is there
+constexpr int64_t kMostDecodeRows = 8;  // 16-bit inputs where the fused kernel is there
 constexpr int64_t kMostFusedRows = 768;
 constexpr int64_t kPassesBeforeDense = 5;
 constexpr int64_t kPassesBeforeDenseF32 = 12;
 
 // The one place where regimes meet. Measured on an H100 (docs/performance.md): a pass of the decode
-// kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit scratch written
-// and read once) and more for f32.
+// kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit scratch
+// written and read once) and more for f32.
 Route choose_route(const MatmulCall& call, const DeviceInfo& info) {
   if (call.type != Float::F32 && info.major == 9 && call.m > kMostDecodeRows) {
     return call.m <= kMostFusedRows ? Route::Fused : Route::Dense;
   }
   const int64_t passes = ceil_div(call.m, decode_rows(call.type));
-  return passes <= (call.type == Float::F32 ? kPassesBeforeDenseF32 : kPassesBeforeDense) ? Route::Decode : Route::Dense;
+  return passes <= (call.type == Float::F32 ? kPassesBeforeDenseF32 : kPassesBeforeDense)
+             ? Route::Decode
+             : Route::Dense;
 }
 
 void run_decode(const char* op, const MatmulCall& call, const Scope& scope, const Tensor& like,
@@ -60,7 +62,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   std::array<StableIValue, 3> stack{torch::stable::detail::from(input),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

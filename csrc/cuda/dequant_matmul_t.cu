@@ -1,9 +1,10 @@
 // input [m, N] @ W -> [m, K].
 //
-// Floor for few rows: codes and scales read once over the memory bandwidth. Each lane owns 16 columns
-// and walks down the rows with f32 sums, about 3 instructions a weight (half the issue slots of an H100
-// at 4 bits): the scale belongs to the summed index here, so tensor cores would need rounded products.
-// Floor for many rows: the dense product; the weights are then dequantized into scratch once.
+// Floor for few rows: codes and scales read once over the memory bandwidth. Each lane owns 16
+// columns and walks down the rows with f32 sums, about 3 instructions a weight (half the issue
+// slots of an H100 at 4 bits): the scale belongs to the summed index here, so tensor cores would
+// need rounded products. Floor for many rows: the dense product; the weights are then dequantized
+// into scratch once.
 #include "dequantize_rows.cuh"
 #include "sum_partials.cuh"
 
@@ -16,11 +17,10 @@ constexpr int kWarps = 8;
 // Rows a lane has in flight; several input rows need the registers for their sums.
 template <int M>
 constexpr int kUnroll = M == 1 ? 8 : 4;
-constexpr int kMostRows = 4;      // input rows of one pass
+constexpr int kMostRows = 4;  // input rows of one pass
 constexpr int kBlocksPerSm = 2;
-// Above this many passes the dense route is faster: a pass costs one reading of the weights, the dense
-// route about nine.
-constexpr int kMostPasses = 5;
+// Above this many passes the dense route is faster (measured on an H100).
+constexpr int kMostPasses = 2;
 
 // Codes become floats by placing them high in the mantissa of a constant: element() is
 // (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
@@ -97,8 +97,7 @@ struct Params {
 
 // Grid (column tiles, row splits); the warps of a block take every kWarps-th row of its split.
 template <typename T, int BITS, int M>
-__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
-    matmul_t_kernel(const Params p) {
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(const Params p) {
   constexpr int kRows = kUnroll<M>;
   const QuantizedWeight& w = p.w;
   const int warp = threadIdx.x / 32;
@@ -237,7 +236,8 @@ Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& 
   if (m == 0 || in_features == 0) return result;
   for (int64_t first = 0; first < m; first += kMostRows) {
     const int64_t rows = std::min<int64_t>(kMostRows, m - first);
-    void* out = static_cast<char*>(result.mutable_data_ptr()) + first * in_features * float_size(type);
+    void* out =
+        static_cast<char*>(result.mutable_data_ptr()) + first * in_features * float_size(type);
     const void* x = static_cast<const char*>(flat.const_data_ptr()) +
                     first * row_stride(flat) * float_size(type);
     if (w.rows == 0) {  // an empty sum

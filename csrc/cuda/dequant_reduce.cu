@@ -29,40 +29,26 @@ struct Accumulator;
 template <>
 struct Accumulator<Reduction::Sum> {
   using Value = double;
-  static __device__ Value identity() {
-    return 0.0;
-  }
-  static __device__ Value combine(Value a, Value b) {
-    return a + b;
-  }
+  static __device__ Value identity() { return 0.0; }
+  static __device__ Value combine(Value a, Value b) { return a + b; }
 };
 template <>
 struct Accumulator<Reduction::SumSquares> : Accumulator<Reduction::Sum> {};
 template <>
 struct Accumulator<Reduction::Amax> {
   using Value = float;
-  static __device__ Value identity() {
-    return -INFINITY;
-  }
-  static __device__ Value combine(Value a, Value b) {
-    return larger(a, b);
-  }
+  static __device__ Value identity() { return -INFINITY; }
+  static __device__ Value combine(Value a, Value b) { return larger(a, b); }
 };
 template <>
 struct Accumulator<Reduction::Amin> {
   using Value = float;
-  static __device__ Value identity() {
-    return INFINITY;
-  }
-  static __device__ Value combine(Value a, Value b) {
-    return -larger(-a, -b);
-  }
+  static __device__ Value identity() { return INFINITY; }
+  static __device__ Value combine(Value a, Value b) { return -larger(-a, -b); }
 };
 template <>
 struct Accumulator<Reduction::AbsMax> : Accumulator<Reduction::Amax> {
-  static __device__ Value identity() {
-    return 0.0f;
-  }
+  static __device__ Value identity() { return 0.0f; }
 };
 
 constexpr int kStep = 8;  // elements a thread takes at a time
@@ -160,9 +146,8 @@ Tensor dequant_reduce(const Tensor& codes, const Tensor& scale,
   Tensor result = empty_on(codes, sizes, ScalarType::Float);
   if (w.rows == 0) return result;
   float* out = static_cast<float*>(result.mutable_data_ptr());
-  dispatch_bits(w.bits, [&](auto bits) {
-    launch<decltype(bits)::value>(w, kind, out, scope.stream());
-  });
+  dispatch_bits(w.bits,
+                [&](auto bits) { launch<decltype(bits)::value>(w, kind, out, scope.stream()); });
   check_launch(op);
   return result;
 }

@@ -5,9 +5,9 @@
 namespace mkrs::cuda {
 namespace {
 
-constexpr int kVector = 8;   // elements of one thread's step: 16 bytes of a 16-bit output
+constexpr int kVector = 8;  // elements of one thread's step: 16 bytes of a 16-bit output
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;   // rows a thread has in flight
+constexpr int kUnroll = 4;  // rows a thread has in flight
 
 template <int BITS>
 struct Codes {  // kVector codes as words
@@ -54,8 +54,8 @@ __device__ __forceinline__ void store_vector(T* out, const float* v) {
   *reinterpret_cast<uint4*>(out) = packed.u;
 }
 
-// A block covers blockDim.y * kUnroll rows by blockDim.x * kVector columns. FAST: every row of codes
-// and output is aligned for vector access and in_features is a multiple of kVector.
+// A block covers blockDim.y * kUnroll rows by blockDim.x * kVector columns. FAST: every row of
+// codes and output is aligned for vector access and in_features is a multiple of kVector.
 template <typename T, int BITS, bool FAST>
 __global__ void __launch_bounds__(kThreads)
     dequantize_rows_kernel(QuantizedWeight w, int shift, RowIndex index, int64_t count, T* out) {
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     const uint8_t* p = w.codes + row * w.codes_stride + k * BITS / 8;
-    codes[u] =
-        FAST ? load_codes<BITS>(p) : load_code_bytes<BITS>(p, (length * BITS + 7) / 8);
+    codes[u] = FAST ? load_codes<BITS>(p) : load_code_bytes<BITS>(p, (length * BITS + 7) / 8);
     groups[u] = load_group(w, row, k >> shift);
   }
 #pragma unroll
@@ -128,8 +127,8 @@ void launch_dequantize_rows(const char* op, const QuantizedWeight& w, const RowI
     using T = decltype(element);
     dispatch_bits(w.bits, [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
-      const auto kernel = fast ? dequantize_rows_kernel<T, kBits, true>
-                               : dequantize_rows_kernel<T, kBits, false>;
+      const auto kernel =
+          fast ? dequantize_rows_kernel<T, kBits, true> : dequantize_rows_kernel<T, kBits, false>;
       kernel<<<grid, block, 0, stream>>>(w, shift, index, count, static_cast<T*>(out));
     });
   });

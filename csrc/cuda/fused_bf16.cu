@@ -3,7 +3,7 @@
 namespace mkrs::cuda {
 
 bool run_fused_bf16(const char* op, const MatmulCall& call, const DeviceInfo& info,
-                   const Tensor& like, cudaStream_t stream) {
+                    const Tensor& like, cudaStream_t stream) {
   return run_fused<__nv_bfloat16>(op, call, info, like, stream);
 }
 

@@ -3,10 +3,11 @@
 // rows, and about 280 issue cycles to dequantize them: hidden behind the products from 64 rows on.
 //
 // The weights are the first operand, dequantized in registers (f32 arithmetic, one rounding to the
-// input's type, as a dense layer has it); the activations come through the bulk copy engine, swizzled
-// as the products want them. A producer warpgroup keeps a ring of stages filled: one thread starts the
-// bulk copies, all of them prepare the scales of a row each. Two consumer warpgroups of 64 weight rows
-// each take turns on the tensor cores: one dequantizes while the other multiplies.
+// input's type, as a dense layer has it); the activations come through the bulk copy engine,
+// swizzled as the products want them. A producer warpgroup keeps a ring of stages filled: one
+// thread starts the bulk copies, all of them prepare the scales of a row each. Two consumer
+// warpgroups of 64 weight rows each take turns on the tensor cores: one dequantizes while the other
+// multiplies.
 #pragma once
 
 #include "fused.cuh"
@@ -34,21 +35,24 @@ template <int BITS>
 constexpr int kFusedCodeBytes = kFusedRows * kFusedDepth * BITS / 8;
 
 template <int BITS, int M>
-constexpr int kFusedStageBytes = M* kFusedDepth * 2 + kFusedCodeBytes<BITS>;
+constexpr int kFusedStageBytes = M * kFusedDepth * 2 + kFusedCodeBytes<BITS>;
 
 // Scales of a stage: one or four runs of k times the rows.
 template <int GROUPS>
-constexpr int kFusedScaleBytes = GROUPS* kFusedRows * 8;
+constexpr int kFusedScaleBytes = GROUPS * kFusedRows * 8;
 
 template <int BITS, int M>
-constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : 5;
+constexpr int kFusedStages = M == 256   ? 4
+                             : M == 128 ? 6
+                             : M == 64  ? 8
+                                        : 5;
 
 // Blocks on a multiprocessor: with few products to a step, two blocks hide each other's waits.
 template <int M>
-constexpr int kFusedBlocks = M <= 64 ? 2 : 1;
+constexpr int kFusedBlocks = M == 16 ? 2 : 1;
 
-// Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the constants
-// are those of fused_scale.
+// Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the
+// constants are those of fused_scale.
 template <int BITS>
 __device__ __forceinline__ void fused_elements(const uint32_t* words, int t, float (&v)[4]) {
   if constexpr (BITS == 8) {
@@ -120,13 +124,14 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       wgmma::barrier_init(full + 8 * s, 1 + 128);
-      wgmma::barrier_init(empty + 8 * s, 2);
+      wgmma::barrier_init(empty + 8 * s, 8);  // one arrival a consumer warp
     }
     wgmma::barrier_init_fence();
   }
   __syncthreads();
 
-  constexpr int kAhead = GROUPS == 1 ? (M <= 64 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
+  constexpr int kAhead =
+      GROUPS == 1 ? (M == 16 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
   float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
     const int64_t n = n0 + r;
     const QuantizedWeight& w = p.w;
     RawGroup raw[kAhead][GROUPS];
-    const auto fetch = [&](int s, RawGroup (&to)[GROUPS]) {
+    const auto fetch = [&](int s, RawGroup(&to)[GROUPS]) {
       const int k = (first + s) * kFusedDepth;
 #pragma unroll
       for (int i = 0; i < GROUPS; ++i) {
@@ -197,7 +202,8 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
 #pragma unroll
         for (int i = 0; i < kRowBytes / 16; ++i) {
           const uint4 v = from[i];
-          words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+          words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z,
+                    words[4 * i + 3] = v.w;
         }
 #pragma unroll
         for (int kk = 0; kk < 4; ++kk) {
@@ -216,7 +222,9 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
       for (int kk = 0; kk < 4; ++kk) wgmma::multiply<T, M>(acc, a[kk], b + 2 * kk, 1);
       wgmma::commit();
       wgmma::wait();
-      if (threadIdx.x % 128 == 0) wgmma::barrier_arrive(empty + 8 * stage);
+      // Each warp for itself: another one may still be reading codes and scales.
+      __syncwarp();
+      if (lane == 0) wgmma::barrier_arrive(empty + 8 * stage);
     }
 
     // ---- results: lane holds rows `row`, `row` + 8 of columns 8j + 2t, 8j + 2t + 1 ----
@@ -289,12 +297,13 @@ inline CUtensorMap tensor_map(const char* op, CUtensorMapDataType type, const vo
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner),
+                             static_cast<cuuint32_t>(box_outer)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode_tiled(op)(
-      &map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_tiled(op)(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   MKRS_CHECK(result == CUDA_SUCCESS, op, "cuTensorMapEncodeTiled must succeed, got CUDA error ",
              static_cast<int>(result));
   return map;
@@ -309,8 +318,8 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
   const int64_t steps = ceil_div(w.in_features, kFusedDepth);
   // A few idle multiprocessors cost less than adding up partial sums.
   int64_t splits = std::max<int64_t>(
-      1, std::min<int64_t>(
-             info.multiprocessors * kFusedBlocks<M> / (m_tiles * n_tiles), steps / 8));
+      1,
+      std::min<int64_t>(info.multiprocessors * kFusedBlocks<M> / (m_tiles * n_tiles), steps / 8));
   const int64_t split_steps = ceil_div(steps, splits);
   splits = ceil_div(steps, split_steps);
 
@@ -318,9 +327,9 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUtensorMap x_map = tensor_map(op, kType, call.x, w.in_features, call.m, call.x_stride * 2,
                                        kFusedDepth, M, CU_TENSOR_MAP_SWIZZLE_128B);
-  const CUtensorMap code_map =
-      tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS), w.rows,
-                 w.codes_stride, kFusedDepth * BITS / 8, kFusedRows, CU_TENSOR_MAP_SWIZZLE_NONE);
+  const CUtensorMap code_map = tensor_map(
+      op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS), w.rows,
+      w.codes_stride, kFusedDepth * BITS / 8, kFusedRows, CU_TENSOR_MAP_SWIZZLE_NONE);
   std::optional<Tensor> partial;
   if (splits > 1) partial = empty_on(like, {splits, call.m, w.rows}, ScalarType::Float);
   const FusedParams p{w,

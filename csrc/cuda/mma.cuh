@@ -24,31 +24,31 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
-// c[16x8] += a[16x16] * b[16x8]. With g = lane / 4 and t = lane % 4: a[0], a[2] are row g, a[1], a[3]
-// row g + 8; b is column g; c[0], c[1] are row g and c[2], c[3] row g + 8 of columns 2t, 2t + 1.
+// c[16x8] += a[16x16] * b[16x8]. With g = lane / 4 and t = lane % 4: a[0], a[2] are row g, a[1],
+// a[3] row g + 8; b is column g; c[0], c[1] are row g and c[2], c[3] row g + 8 of columns 2t, 2t
+// + 1.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                     uint32_t a3, uint32_t b0, uint32_t b1, __half) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                     uint32_t a3, uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// ---- codes to integers ----------------------------------------------------------------------------
+// ---- codes to integers
+// ----------------------------------------------------------------------------
 //
 // OR-ing a code into the low mantissa bits of a power of two gives that power plus the code; taking
-// the power away again, and with it the middle code c = 2**(bits-1), is exact. All results are q - c.
-// Which two codes of a word end up in one register is free, as long as the activations are laid out
-// in the same order (kInterleave below).
+// the power away again, and with it the middle code c = 2**(bits-1), is exact. All results are q -
+// c. Which two codes of a word end up in one register is free, as long as the activations are laid
+// out in the same order (kInterleave below).
 
 __device__ __forceinline__ uint32_t masked_or(uint32_t w, uint32_t mask, uint32_t bias) {
   uint32_t d;
@@ -91,8 +91,8 @@ __device__ __forceinline__ uint32_t fma2<__nv_bfloat16>(uint32_t a, uint32_t b, 
   return d;
 }
 
-// Codes that lie at bit SHIFT of both halves of w, as integers in T. For f16, SHIFT + BITS <= 8; for
-// bf16, whose mantissa has 7 bits, <= 7 except for 8-bit codes.
+// Codes that lie at bit SHIFT of both halves of w, as integers in T. For f16, SHIFT + BITS <= 8;
+// for bf16, whose mantissa has 7 bits, <= 7 except for 8-bit codes.
 template <typename T, int BITS, int SHIFT>
 __device__ __forceinline__ uint32_t centered_pair(uint32_t w) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
@@ -103,8 +103,8 @@ __device__ __forceinline__ uint32_t centered_pair(uint32_t w) {
     return sub2<T>(masked_or(w, 0x007f007fu, 0x43004300u),
                    masked_or_not(w, 0x00800080u, 0x43004300u));
   } else if constexpr (SHIFT == 0) {
-    constexpr uint32_t kBias = kHalf ? 0x64006400u : 0x43004300u;     // 1024, 128
-    constexpr uint32_t kCenter = 0x00010001u << (BITS - 1);           // one unit is one mantissa step
+    constexpr uint32_t kBias = kHalf ? 0x64006400u : 0x43004300u;  // 1024, 128
+    constexpr uint32_t kCenter = 0x00010001u << (BITS - 1);        // one unit is one mantissa step
     return sub2<T>(masked_or(w, kPair, kBias), kBias | kCenter);
   } else if constexpr (kHalf) {
     static_assert(SHIFT + BITS <= 8);
@@ -123,15 +123,15 @@ __device__ __forceinline__ uint32_t centered_pair(uint32_t w) {
   }
 }
 
-// Position 2i of an interleaved block of P activations is element i, position 2i + 1 element i + P/2;
-// P = 1 is the natural order.
+// Position 2i of an interleaved block of P activations is element i, position 2i + 1 element i +
+// P/2; P = 1 is the natural order.
 template <typename T, int BITS, int RUN>
-constexpr int kInterleave = BITS == 8             ? (std::is_same_v<T, __half> ? 1 : 4)
-                            : BITS == 4           ? (RUN >= 2 ? 8 : 1)
-                                                  : (RUN == 4 ? 16 : 1);
+constexpr int kInterleave = BITS == 8   ? (std::is_same_v<T, __half> ? 1 : 4)
+                            : BITS == 4 ? (RUN >= 2 ? 8 : 1)
+                                        : (RUN == 4 ? 16 : 1);
 
-// The codes a lane contributes to RUN products (4 a product, RUN * 4 consecutive elements of a row) as
-// operand registers: a[j][0], a[j][1] of product j.
+// The codes a lane contributes to RUN products (4 a product, RUN * 4 consecutive elements of a row)
+// as operand registers: a[j][0], a[j][1] of product j.
 template <typename T, int BITS, int RUN>
 __device__ __forceinline__ void unpack_codes(const uint32_t (&w)[(RUN * BITS + 7) / 8],
                                              uint32_t (&a)[RUN][2]) {

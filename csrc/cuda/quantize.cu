@@ -1,8 +1,9 @@
 // Floor: the weight read once and codes, scales and zeros written once, over the memory bandwidth.
 //
-// The arithmetic is that of csrc/cpu/generic.inc, operation by operation, so codes, scales and zeros
-// are the same on every device. A group with inf or NaN, or whose scale or offset overflows, cannot be
-// refused from a kernel without waiting for it: its scale is NaN instead, which the Python op reports.
+// The arithmetic is that of csrc/cpu/generic.inc, operation by operation, so codes, scales and
+// zeros are the same on every device. A group with inf or NaN, or whose scale or offset overflows,
+// cannot be refused from a kernel without waiting for it: its scale is NaN instead, which the
+// Python op reports.
 #include <cfloat>
 
 #include "common.cuh"
@@ -73,7 +74,8 @@ __device__ __forceinline__ Quantizer quantizer_of(const Target& t, float low, fl
   } else {
     q.shift = round_to(t.scale_type, low);
     if (!constant) {
-      q.scale = round_to(t.scale_type, __fsub_rn(__fmul_rn(high, kStep), __fmul_rn(q.shift, kStep)));
+      q.scale =
+          round_to(t.scale_type, __fsub_rn(__fmul_rn(high, kStep), __fmul_rn(q.shift, kStep)));
     }
   }
   const bool valid = finite && fabsf(q.scale) <= FLT_MAX && fabsf(q.shift) <= FLT_MAX;
@@ -94,8 +96,9 @@ __device__ __forceinline__ Quantizer quantizer_of(const Target& t, float low, fl
   return q;
 }
 
-// Rounding by adding 1.5 * 2**23, whose last mantissa bit is worth 1: to nearest, ties to even, like
-// rintf, without the slow conversion units. Clamping first changes nothing, the limits being integers.
+// Rounding by adding 1.5 * 2**23, whose last mantissa bit is worth 1: to nearest, ties to even,
+// like rintf, without the slow conversion units. Clamping first changes nothing, the limits being
+// integers.
 template <int BITS>
 __device__ __forceinline__ uint32_t code_of(const Quantizer& q, float w) {
   constexpr float kTop = (1 << BITS) - 1;
@@ -180,7 +183,8 @@ __global__ void __launch_bounds__(kThreads) quantize_vector_kernel(const T* weig
     }
     if constexpr (BITS == 8) *reinterpret_cast<unsigned long long*>(out) = packed;
     if constexpr (BITS == 4) *reinterpret_cast<uint32_t*>(out) = static_cast<uint32_t>(packed);
-    if constexpr (BITS == 2) *reinterpret_cast<unsigned short*>(out) = static_cast<unsigned short>(packed);
+    if constexpr (BITS == 2)
+      *reinterpret_cast<unsigned short*>(out) = static_cast<unsigned short>(packed);
   }
 }
 

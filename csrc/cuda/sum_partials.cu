@@ -6,8 +6,8 @@ namespace {
 constexpr int kColumns = 32;
 constexpr int kSlices = 8;
 
-// blockDim is (kColumns, slices): slices share the splits of an output, so that many partial sums are
-// in flight even for a short output.
+// blockDim is (kColumns, slices): slices share the splits of an output, so that many partial sums
+// are in flight even for a short output.
 template <typename T>
 __global__ void sum_partials_kernel(const float* partial, int64_t splits, int64_t total, int64_t n,
                                     const T* bias, T* out) {

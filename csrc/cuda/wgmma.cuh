@@ -39,8 +39,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // The box of `map` at (inner, outer) to shared memory; elements outside the tensor become zeros.
-__device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap* map, int inner, int outer,
-                                         uint32_t barrier) {
+__device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap* map, int inner,
+                                         int outer, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(shared),
@@ -66,7 +66,8 @@ __device__ __forceinline__ void wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory");
 }
 
-// d[64 x N] (+)= a[64 x 16] * b[N x 16] transposed; each warp holds 16 rows, laid out as in m16n8k16.
+// d[64 x N] (+)= a[64 x 16] * b[N x 16] transposed; each warp holds 16 rows, laid out as in
+// m16n8k16.
 template <typename T, int N>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                          int accumulate);
