@@ -15,7 +15,7 @@ INSTALL := $(PIP) install --no-build-isolation
 JOBS ?= 2
 export MAX_JOBS ?= $(JOBS)
 
-.PHONY: demo test lint format types pytest build clean help
+.PHONY: demo test lint format types pytest build clean help build-cuda-check test-cuda sanitize-cuda
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -55,6 +55,18 @@ types: $(VENV)/test.stamp ## mypy
 
 pytest: $(VENV)/test.stamp ## the test suite; ARGS go to pytest
 	$(BIN)/python -m pytest --cov=mergekit_torch --cov-report=term $(ARGS)
+
+build-cuda-check: $(VENV)/torch.stamp ## compile and link the CUDA kernels (needs nvcc, no GPU)
+	MKRS_CUDA=1 $(BIN)/python setup.py build_ext --build-lib build/cuda/lib --build-temp build/cuda/temp
+
+test-cuda: $(VENV)/test.stamp ## on a machine with an NVIDIA GPU: build for it, the op suite, CUDA's own tests
+	MKRS_CUDA=1 $(INSTALL) -e ".[test]"
+	MKRS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/cuda $(ARGS)
+
+sanitize-cuda: $(VENV)/test.stamp ## memory and race checks of the kernels (needs compute-sanitizer)
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m tests.cuda.sanitize || exit 1; \
+	done
 
 format: $(VENV)/test.stamp ## rewrite sources in the house's style
 	$(BIN)/ruff check --fix .

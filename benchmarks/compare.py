@@ -9,6 +9,7 @@ contenders take turns, so that noise of a shared machine falls on all of them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -195,10 +196,10 @@ def call_cost(threads: int) -> dict[str, dict[str, float]]:
         codes, scale, offset = ops.quantize(torch.randn(size, size), 4, GROUP, "affine")
         dense = torch.randn(size, size)
         calls: dict[str, Callable[[], Any]] = {
-            f"mkrs op {size}": lambda x=x, c=codes, s=scale, o=offset: (
-                torch.ops.mkrs.dequant_matmul(x, c, s, None, o, None, 4, GROUP, "exact")
+            f"mkrs op {size}": functools.partial(
+                torch.ops.mkrs.dequant_matmul, x, codes, scale, None, offset, None, 4, GROUP
             ),
-            f"torch dense f32 {size}": lambda x=x, d=dense: torch.nn.functional.linear(x, d),
+            f"torch dense f32 {size}": functools.partial(torch.nn.functional.linear, x, dense),
         }
         for name, call in calls.items():
             times = []

@@ -54,6 +54,8 @@ volatile uint64_t sink;
 void read_part(const uint64_t* data, size_t count) {
   uint64_t a[32] = {};
   for (size_t i = 0; i + 32 <= count; i += 32) {
+    // Into L2, 6 KiB ahead: without it four-kilobyte pages cost some of the bandwidth.
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(data + i + 768 + 8 * line, 0, 2);
     for (int j = 0; j < 32; ++j) a[j] += data[i + j];
   }
   uint64_t total = 0;

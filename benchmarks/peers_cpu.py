@@ -73,7 +73,9 @@ def ours(p: Problem, cold: int, dtype: torch.dtype, compute: str) -> Contender:
     codes, scale = p.codes(), p.scale.half()
     offset = (-p.scale * (1 << (p.bits - 1))).half()
     size = codes.numel() + 2 * (scale.numel() + offset.numel())
-    weights = [(codes.clone(), scale.clone(), offset.clone()) for _ in range(copies_for(size, cold))]
+    weights = [
+        (codes.clone(), scale.clone(), offset.clone()) for _ in range(copies_for(size, cold))
+    ]
     x = p.x.to(dtype)
     call = torch.ops.mkrs.dequant_matmul
 
@@ -180,9 +182,11 @@ def openvino(p: Problem, cold: int, threads: int, int8: bool) -> Contender:
     x = p.x.numpy()
 
     def compile_copy() -> ov.InferRequest:
-        data = ov.Tensor(codes.copy().reshape(-1), ov.Shape([p.n, blocks, GROUP]), ov.Type.u4)
+        data = ov.Tensor(codes.copy().reshape(-1), [p.n, blocks, GROUP], ov.Type.u4)
         weight = op.convert(op.constant(data), ov.Type.f16)
-        centred = op.subtract(weight, op.constant(np.full((1, 1, 1), 8, np.float16)))
+        # The pattern that OpenVINO keeps compressed: zero points are u4 constants, converted too.
+        zeros = ov.Tensor(np.full(p.n * blocks // 2, 0x88, np.uint8), [p.n, blocks, 1], ov.Type.u4)
+        centred = op.subtract(weight, op.convert(op.constant(zeros), ov.Type.f16))
         scaled = op.multiply(centred, op.constant(p.scale.numpy().astype(np.float16)[..., None]))
         flat = op.reshape(scaled, op.constant(np.array([p.n, p.k])), special_zero=False)
         dense = op.convert(flat, ov.Type.f32)

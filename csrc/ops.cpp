@@ -48,4 +48,6 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "_read_file(Tensor(a!) out, int fd, int offset, int row_bytes, int row_stride, int rows, "
       "int threads) -> (int error, int position)");
+  // What this machine was given, as JSON: for people and for `mergekit_torch.doctor`.
+  m.def("_cpu_info() -> str");
 }

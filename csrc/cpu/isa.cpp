@@ -183,6 +183,17 @@ const Kernels& kernels() {
   return chosen;
 }
 
+std::vector<Threshold> thresholds() {
+#if defined(__x86_64__)
+  if (&kernels() == &kVnni) {
+    return {{"rows_inputs_exact", kRowsInputs},
+            {"rows_inputs_int8", kRowsInputsInt8},
+            {"exact_span", kExactSpan}};
+  }
+#endif
+  return {};
+}
+
 const Kernels& kernels_of(const std::string& name) {
   for (const Level& level : levels()) {
     if (level.supported && name == level.table->name) return *level.table;

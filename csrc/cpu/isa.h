@@ -109,6 +109,13 @@ const Kernels& kernels();
 // The table of one level, for tests that compare levels. Throws where it does not run.
 const Kernels& kernels_of(const std::string& name);
 
+// The switch points of the level in force, by name.
+struct Threshold {
+  const char* name;
+  int64_t value;
+};
+std::vector<Threshold> thresholds();
+
 // Levels that this build has and this processor can run, best last.
 std::vector<std::string> available_isas();
 

@@ -99,6 +99,20 @@ class ConvertedCheckpoint:
         for name in self.specs:
             yield name, self.tensor(name)
 
+    def write_config(self, directory: Path) -> Path:
+        """Write the model's ``config.json``; returns its path.
+
+        Raises:
+            ValueError: ``names="gguf"``, which has no Hugging Face configuration.
+        """
+        if self.config is None:
+            raise ValueError("only names='hf' has a config.json, got names='gguf'")
+        config = directory / "config.json"
+        temporary = directory / ".config.json.tmp"
+        temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, config)
+        return config
+
     def _row_order(self, source: str) -> Tensor | None:
         which = needs_rope_order(source, self._architecture) if self._hf else None
         if which is None:
@@ -160,13 +174,8 @@ def convert_gguf(
             specs=converted.specs,
             progress=progress,
         )
-        target = Path(path)
-        if converted.config is not None and target.is_dir():
-            config = target / "config.json"
-            temporary = target / ".config.json.tmp"
-            temporary.write_text(json.dumps(converted.config, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, config)
-            written.append(config)
+        if converted.config is not None and Path(path).is_dir():
+            written.append(converted.write_config(Path(path)))
     finally:
         if opened is not source:
             opened.close()

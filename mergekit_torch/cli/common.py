@@ -3,9 +3,12 @@
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..checkpoint import Checkpoint, ConvertedCheckpoint, TensorSpec
+from ..memory import rewrite_checkpoint
 
 WIDTH = 100
 """Tables and help fit this many columns."""
@@ -85,6 +88,40 @@ def progress_bar(total: int, description: str) -> Any:
         disable=not sys.stderr.isatty(),
         leave=False,
     )
+
+
+def add_rewrite_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that write a checkpoint from another."""
+    parser.add_argument("--out-shard-size", metavar="SIZE", help="split the output, such as 5GB")
+    parser.add_argument(
+        "--budget", metavar="SIZE", default="1GiB", help="most bytes of tensors in memory"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run with the same arguments stopped",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+
+
+def rewrite(
+    args: argparse.Namespace,
+    source: Checkpoint | ConvertedCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    description: str,
+) -> list[Path]:
+    """Write ``source`` as ``specs`` to ``args.target`` within the budget, with a progress bar."""
+    total = sum(source.info(name).nbytes for name in specs)
+    with progress_bar(total, description) as bar:
+        return rewrite_checkpoint(
+            source,
+            args.target,
+            specs,
+            budget=args.budget,
+            resume=args.resume,
+            max_shard_size=args.out_shard_size,
+            progress=bar.update,
+        )
 
 
 def check_output(path: Path, force: bool) -> None:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import ConvertedCheckpoint, convert_gguf, open_checkpoint
-from .common import add_command, check_output, progress_bar, size_text
+from ..checkpoint import ConvertedCheckpoint, open_checkpoint
+from .common import add_command, add_rewrite_arguments, check_output, rewrite, size_text
 
 
 def add_parser(commands: Any) -> None:
@@ -35,8 +35,7 @@ mkrs convert big-00001-of-00004.gguf big --out-shard-size 5GB
         default="hf",
         help="Hugging Face tensor names and row order, or the file's own",
     )
-    parser.add_argument("--out-shard-size", metavar="SIZE", help="split the output, such as 5GB")
-    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    add_rewrite_arguments(parser)
     parser.add_argument(
         "--no-tokenizer", action="store_true", help="do not extract the tokenizer into a directory"
     )
@@ -48,20 +47,15 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.target, args.force)
     started = time.perf_counter()
     with open_checkpoint(args.source) as checkpoint:
-        total = ConvertedCheckpoint(checkpoint, names=args.names).nbytes
-        with progress_bar(total, "converting") as bar:
-            written = convert_gguf(
-                checkpoint,
-                args.target,
-                names=args.names,
-                max_shard_size=args.out_shard_size,
-                progress=lambda _name, nbytes: bar.update(nbytes),
-            )
+        converted = ConvertedCheckpoint(checkpoint, names=args.names)
+        written = rewrite(args, converted, converted.specs, "converting")
+        if converted.config is not None and args.target.is_dir():
+            written.append(converted.write_config(args.target))
         source_bytes = checkpoint.nbytes
     seconds = time.perf_counter() - started
     print(
-        f"{args.target}: {size_text(total)} of tensors from {size_text(source_bytes)} of GGUF in "
-        f"{seconds:.2f} s ({source_bytes / seconds / 1e9:.2f} GB/s)"
+        f"{args.target}: {size_text(converted.nbytes)} of tensors from {size_text(source_bytes)} "
+        f"of GGUF in {seconds:.2f} s ({source_bytes / seconds / 1e9:.2f} GB/s)"
     )
     if args.target.is_dir() and args.names == "hf" and not args.no_tokenizer:
         written += extract_tokenizer(args.source, args.target)

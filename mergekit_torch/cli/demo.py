@@ -17,6 +17,7 @@ from .common import add_command, size_text, table
 from .demo_model import smollm2
 
 PROMPT = "What is gravity? Answer in two sentences."
+REWRITE = {"out_shard_size": None, "budget": "1GiB", "resume": False, "force": True}
 TOLERANCE = 1e-3
 """Logits agree when they differ by less than this fraction of the largest logit."""
 
@@ -71,12 +72,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"Converting {gguf.name} to native safetensors, without loss:")
         convert.run(
             argparse.Namespace(
-                source=gguf,
-                target=native,
-                names="hf",
-                out_shard_size=None,
-                force=True,
-                no_tokenizer=False,
+                source=gguf, target=native, names="hf", no_tokenizer=False, **REWRITE
             )
         )
     tokenizer = generation.load_tokenizer(native)
@@ -84,11 +80,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=args.cache, prefix=".demo-") as folder:
         dense = Path(folder) / "dense"
         print("Writing the same weights dense in float32, for comparison:")
-        dequantize.run(
-            argparse.Namespace(
-                source=native, target=dense, dtype="f32", out_shard_size=None, force=True
-            )
-        )
+        dequantize.run(argparse.Namespace(source=native, target=dense, dtype="f32", **REWRITE))
         reports, logits = {}, {}
         for name, path in (("quantized", native), ("dense", dense)):
             print(f"Running the {name} model on {device} ...", flush=True)

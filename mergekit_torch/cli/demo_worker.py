@@ -65,7 +65,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     model = load_native(path, device=device, dtype=dtype)
     loaded = time.perf_counter() - started
-    result = generation.generate(model, ids, request["max_new_tokens"])
+    result = generation.generate(model, ids.to(device), request["max_new_tokens"])
     peak = peak_bytes()
     accelerator = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     with torch.inference_mode():

@@ -3,12 +3,18 @@
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, TensorSpec, open_checkpoint, save_checkpoint
-from .common import add_command, check_output, copy_side_files, progress_bar, size_text
+from ..checkpoint import TensorSpec, open_checkpoint
+from .common import (
+    add_command,
+    add_rewrite_arguments,
+    check_output,
+    copy_side_files,
+    rewrite,
+    size_text,
+)
 from .generation import DTYPES
 
 
@@ -27,13 +33,12 @@ mkrs dequantize model.gguf model.safetensors
     parser.add_argument("source", type=Path, help="native checkpoint or GGUF file")
     parser.add_argument("target", type=Path, help="directory, or a .safetensors file")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="f32", help="dtype to write")
-    parser.add_argument("--out-shard-size", metavar="SIZE", help="split the output, such as 5GB")
-    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    add_rewrite_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Dequantize one tensor at a time, with a progress bar."""
+    """Dequantize within the budget, with a progress bar."""
     check_output(args.target, args.force)
     dtype = DTYPES[args.dtype]
     started = time.perf_counter()
@@ -47,14 +52,7 @@ def run(args: argparse.Namespace) -> int:
                 raise AssertionError(f"{name} has no dtype and was read")
             specs[name] = TensorSpec(dense, info.shape)
         total = sum(spec.nbytes for spec in specs.values())
-        with progress_bar(total, "dequantizing") as bar:
-            save_checkpoint(
-                _dense(checkpoint),
-                args.target,
-                specs=specs,
-                max_shard_size=args.out_shard_size,
-                progress=lambda _name, nbytes: bar.update(nbytes),
-            )
+        rewrite(args, checkpoint, specs, "dequantizing")
     if args.target.is_dir():
         copy_side_files(args.source, args.target)
         drop_quantization(args.target / "config.json")
@@ -63,13 +61,6 @@ def run(args: argparse.Namespace) -> int:
         f"{args.target}: {size_text(total)} in {seconds:.2f} s ({total / seconds / 1e9:.2f} GB/s)"
     )
     return 0
-
-
-def _dense(checkpoint: Checkpoint) -> Iterator[tuple[str, Any]]:
-    for name in checkpoint:
-        tensor = checkpoint[name]
-        quantized = checkpoint.info(name).quantization is not None
-        yield name, tensor.dequantize() if quantized else tensor
 
 
 def drop_quantization(config: Path) -> None:

@@ -22,6 +22,7 @@ def add_parser(commands: Any) -> None:
 mkrs generate smollm2 "What is gravity?"
 mkrs generate smollm2 "Once upon a time" --raw --max-new-tokens 200 --temperature 0.8
 mkrs generate smollm2 "Say hello." --device cpu --threads 2
+mkrs generate llama-70b-4bit "Say hello." --budget 8GiB
 """,
         details=(
             "The directory holds config.json, a tokenizer and weights, as mkrs convert and\n"
@@ -39,6 +40,12 @@ mkrs generate smollm2 "Say hello." --device cpu --threads 2
     parser.add_argument("--seed", type=int, default=None, help="seed of the sampling")
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
     parser.add_argument("--quiet", action="store_true", help="print no timings")
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        default=None,
+        help="most bytes of weights in memory, such as 512MiB: stream them from the checkpoint",
+    )
     generation.add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -59,17 +66,20 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = generation.prepare(args)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    from ..integrations.transformers import load_native
+    from ..integrations.transformers import load_native, stream_native
 
     started = time.perf_counter()
-    model = load_native(args.model, device=device, dtype=dtype)
+    if args.budget is None:
+        model = load_native(args.model, device=device, dtype=dtype)
+    else:
+        model = stream_native(args.model, device=device, dtype=dtype, budget=args.budget)
     tokenizer = generation.load_tokenizer(args.model)
     loaded = time.perf_counter() - started
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = generation.encode(tokenizer, prompt, args.raw)
     result = generation.generate(
         model,
-        ids,
+        ids.to(device),
         args.max_new_tokens,
         temperature=args.temperature,
         on_token=generation.TextPrinter(tokenizer),

@@ -117,14 +117,13 @@ def generate(
 
     Args:
         model: a causal language model in eval mode.
-        ids: prompt, int64 ``[1, T]``.
+        ids: prompt, int64 ``[1, T]``, on the model's device.
         max_new_tokens: at most so many tokens; generation ends earlier at an end token.
         temperature: 0 for greedy, else sampling.
         on_token: called with each new token.
         options: more for ``model.generate``.
     """
     clock = _Clock(ids.numel(), on_token)
-    ids = ids.to(model.device)
     sampling = (
         {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature == 0

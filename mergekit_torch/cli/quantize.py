@@ -3,13 +3,11 @@
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import (
     Checkpoint,
@@ -17,13 +15,19 @@ from ..checkpoint import (
     TensorInfo,
     TensorSpec,
     open_checkpoint,
-    save_checkpoint,
 )
 from ..format import BITS, FLOAT_DTYPES, SCHEMES
-from ..ops import quantize
 from ..ops.quantize import default_scale_dtype
 from ..quantize_ import QuantizeConfig
-from .common import add_command, check_output, copy_side_files, progress_bar, size_text, table
+from .common import (
+    add_command,
+    add_rewrite_arguments,
+    check_output,
+    copy_side_files,
+    rewrite,
+    size_text,
+    table,
+)
 
 SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 OVERRIDE_KEYS = {"bits": int, "group_size": int, "scheme": str, "scale_dtype": str}
@@ -39,12 +43,12 @@ def add_parser(commands: Any) -> None:
 mkrs quantize llama-1b llama-1b-4bit
 mkrs quantize model.safetensors model-8bit.safetensors --q-bits 8 --q-group-size 32
 mkrs quantize llama-1b out --override '*.down_proj=bits=8' --skip 'lm_head'
-mkrs quantize llama-70b out --out-shard-size 5GB
+mkrs quantize llama-70b out --out-shard-size 5GB --budget 512MiB --resume
 """,
         details=(
             "Every float tensor of two dimensions named *.weight (linear and embedding layers) is\n"
             "rounded to nearest in groups; all others are kept as they are. Globs match the name\n"
-            "without .weight. One tensor is in memory at a time."
+            "without .weight. Memory stays within --budget, whatever the size of the checkpoint."
         ),
     )
     parser.add_argument("source", type=Path, help="float checkpoint: file, index.json or directory")
@@ -74,8 +78,7 @@ mkrs quantize llama-70b out --out-shard-size 5GB
     parser.add_argument(
         "--skip", action="append", default=[], metavar="GLOB", help="layers to keep; repeatable"
     )
-    parser.add_argument("--out-shard-size", metavar="SIZE", help="split the output, such as 5GB")
-    parser.add_argument("--force", action="store_true", help="replace an existing checkpoint")
+    add_rewrite_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -188,26 +191,6 @@ def quantized_spec(info: TensorInfo, config: QuantizeConfig) -> TensorSpec:
     return TensorSpec(info.dtype, info.shape, quantization)
 
 
-def quantized(
-    checkpoint: Checkpoint, specs: dict[str, TensorSpec]
-) -> Iterator[tuple[str, Tensor | dict[str, Tensor]]]:
-    """All tensors, one at a time, quantized as ``specs`` says."""
-    for name, spec in specs.items():
-        tensor = checkpoint[name]
-        q = spec.quantization
-        if q is None:
-            yield name, tensor
-            continue
-        try:
-            codes, scale, zero = quantize(tensor, q.bits, q.group_size, q.scheme, q.scale_dtype)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.path}: tensor {name!r}: {error}") from error
-        parts = {"codes": codes, "scale": scale}
-        if q.scheme != "symmetric":
-            parts["zero_point" if q.scheme == "asymmetric" else "offset"] = zero
-        yield name, parts
-
-
 def run(args: argparse.Namespace) -> int:
     """Quantize with a progress bar and print what became of the layers."""
     config = config_of(args)
@@ -217,14 +200,7 @@ def run(args: argparse.Namespace) -> int:
         specs = plan(checkpoint, config)
         before = checkpoint.nbytes
         after = sum(spec.nbytes for spec in specs.values())
-        with progress_bar(before, "quantizing") as bar:
-            save_checkpoint(
-                quantized(checkpoint, specs),
-                args.target,
-                specs=specs,
-                max_shard_size=args.out_shard_size,
-                progress=lambda name, _nbytes: bar.update(checkpoint.info(name).nbytes),
-            )
+        rewrite(args, checkpoint, specs, "quantizing")
         report = summary(checkpoint, specs)
     if args.target.is_dir():
         copy_side_files(args.source, args.target)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..memory import StreamedModel, stream
 from ..nn import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from ..nn.module import BUFFERS
 from ..tensor import QuantizedTensor
@@ -136,12 +137,7 @@ def load_native(
     from ..checkpoint import open_checkpoint
 
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} must be a directory with a config.json")
-    config = transformers.AutoConfig.from_pretrained(directory)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = _empty_model(config, dtype)
+    model = _empty_model(_config_of(directory), dtype)
     dtype = model.dtype if dtype is None else dtype
     checkpoint = open_checkpoint(directory)
     _fill(model, checkpoint, torch.device(device), dtype)
@@ -149,6 +145,43 @@ def load_native(
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     attach_(model)
     return model.eval()
+
+
+def stream_native(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    budget: int | str = "1GiB",
+) -> StreamedModel:
+    """Open a native checkpoint directory as a transformers model whose weights are streamed.
+
+    Like :func:`load_native`, but weights stay in the checkpoint and are read when a module runs;
+    at most ``budget`` bytes of them are in memory. See :func:`mergekit_torch.memory.stream`.
+
+    Returns:
+        The streamed model, a context manager that closes the checkpoint.
+
+    Raises:
+        FileNotFoundError: no such directory or no ``config.json`` in it.
+        BudgetError: the budget does not hold the largest module.
+        KeyError, ValueError: a checkpoint that does not fit the model.
+    """
+    directory = Path(path)
+    model = _empty_model(_config_of(directory), dtype)
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    model.tie_weights()
+    return stream(model.eval(), directory, device, budget)
+
+
+def _config_of(directory: Path) -> Any:
+    """The model's configuration, without a word on quantization: the checkpoint knows best."""
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} must be a directory with a config.json")
+    config = transformers.AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _empty_model(config: Any, dtype: torch.dtype | None) -> Any:

@@ -165,6 +165,19 @@ def test_quantize_refuses(capsys, float_model, tmp_path):
     refused(capsys, "holds no float tensor of two dimensions", *call)
 
 
+def test_budget_and_resume(capsys, float_model, tmp_path):
+    """Any budget gives the same bytes; resuming what never started starts it."""
+    source, _ = float_model
+    assert mkrs(capsys, "quantize", source, tmp_path / "a")[0] == 0
+    options = ("--budget", "64KiB", "--resume")
+    assert mkrs(capsys, "quantize", source, tmp_path / "b", *options)[0] == 0
+    one, other = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert one.read_bytes() == other.read_bytes()
+    refused(capsys, "budget", "quantize", source, tmp_path / "c", "--budget", "16B")
+    refused(capsys, "size must be", "quantize", source, tmp_path / "c", "--budget", "lots")
+    assert not (tmp_path / "c").exists()
+
+
 def test_convert(capsys, gguf_file, tmp_path):
     target = tmp_path / "native.safetensors"
     code, out, _ = mkrs(capsys, "convert", gguf_file, target, "--names", "gguf")

@@ -116,6 +116,14 @@ def test_generate_command(native, capsys):
         assert captured.err == ""
         texts.append(captured.out)
     assert texts[0] == texts[1]
+    # Weights streamed under a budget of about half the model say the same.
+    texts = []
+    for budget in ([], ["--budget", "48MiB"]):
+        assert main([*command, "--quiet", *budget]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main([*command, "--budget", "1MiB"]) == 1
+    assert "at once" in capsys.readouterr().err
     assert main([*command[:1], str(native), "hello"]) == 1
     assert "config.json" in capsys.readouterr().err
 

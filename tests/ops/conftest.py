@@ -7,7 +7,13 @@ import torch
 @pytest.fixture
 def device() -> torch.device:
     """The device under test: MKRS_TEST_DEVICE=cpu (default), cuda or mps."""
-    return torch.device(os.environ.get("MKRS_TEST_DEVICE", "cpu"))
+    name = os.environ.get("MKRS_TEST_DEVICE", "cpu")
+    if name == "mps" and not torch.backends.mps.is_built():
+        # Without a Mac, the same kernels and host code run in the simulator.
+        from metal_sim import simulator
+
+        simulator.load()
+    return torch.device(name)
 
 
 @pytest.fixture(autouse=True)

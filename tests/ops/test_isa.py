@@ -62,3 +62,23 @@ def test_unknown_level_is_refused():
     assert result.returncode != 0
     assert "MKRS_CPU_ISA must be one of the levels this processor runs (generic" in result.stderr
     assert "got 'avx9000'" in result.stderr
+
+
+def test_doctor_reports_the_level():
+    for level in ("generic", None):
+        env = {k: v for k, v in os.environ.items() if k != "MKRS_CPU_ISA"}
+        if level is not None:
+            env["MKRS_CPU_ISA"] = level
+        ran = subprocess.run(
+            [sys.executable, "-m", "mergekit_torch.doctor"],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=HERE.parent.parent,
+        )
+        assert ran.returncode == 0, ran.stderr
+        lines = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines())
+        assert "generic" in lines["available"]
+        assert level is None or (lines["level"] == level and "forced" in lines["reason"])
+        assert int(lines["threads"]) >= 1

@@ -39,8 +39,10 @@ def samples(scheme, device):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_opcheck(scheme, device):
+    # opcheck itself says "NYI" about autograd registration on mps.
+    checks = [c for c in CHECKS if device.type != "mps" or c != "test_autograd_registration"]
     for op, args in samples(scheme, device):
-        torch.library.opcheck(op, args, test_utils=CHECKS)
+        torch.library.opcheck(op, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -77,6 +79,8 @@ def test_compile_without_graph_breaks(device):
 
 @pytest.mark.slow
 def test_compile_with_inductor(device):
+    if device.type == "mps" and not torch.backends.mps.is_built():
+        pytest.skip("inductor writes Metal shaders of its own, which need a Mac")
     w = random_weight(24, 96, 4, 32, "affine", device=device)
     forward = layer(w, torch.randn(24, device=device))
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)

@@ -1,0 +1,362 @@
+"""CUDA timings against what the same GPU does in the same run.
+
+``python -m benchmarks.compare_cuda --json benchmarks/results/<name>.json`` times every op by replaying
+CUDA graphs over copies of the weights that together exceed the last cache, next to
+
+* a kernel that only reads the same number of cold bytes (the floor of decode),
+* ``F.linear`` on dense bf16 weights (cuBLAS), and
+* ``torch._weight_int4pack_mm``.
+
+Microseconds are per call; the minimum and the median of the replays are kept.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import mergekit_torch  # noqa: F401  (registers the ops)
+
+ROTATE_BYTES = 400 << 20  # several times any L2
+REPLAYS = 15
+
+READ_SOURCE = r"""
+extern "C" __global__ void read_bytes(const uint4* data, long long count, unsigned int* sink) {
+  // Four independent 16-byte loads a step.
+  const long long stride = (long long)gridDim.x * blockDim.x;
+  unsigned int sum = 0;
+  long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  for (; i + 3 * stride < count; i += 4 * stride) {
+    uint4 v[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = __ldg(data + i + j * stride);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  for (; i < count; i += stride) {
+    const uint4 v = __ldg(data + i);
+    sum ^= v.x ^ v.y ^ v.z ^ v.w;
+  }
+  if (sum == 0x9e3779b9u) *sink = sum;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call."""
+
+    min: float
+    median: float
+
+
+def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Time one round of ``calls`` in a graph; the result is per call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(3):
+        graph.replay()
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return Timing(min(times), statistics.median(times))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Components of a random affine weight."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    offset: torch.Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes a product has to read."""
+        parts = [self.codes, self.scale, self.zero_point, self.offset]
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.codes.shape[-1] * 8 // self.bits
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ W.T``."""
+        parts = (self.codes, self.scale, self.zero_point, self.offset)
+        return torch.ops.mkrs.dequant_matmul(x, *parts, None, self.bits, self.group_size)
+
+    def matmul_t(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ W``."""
+        parts = (self.codes, self.scale, self.zero_point, self.offset)
+        return torch.ops.mkrs.dequant_matmul_t(
+            x, *parts, self.bits, self.group_size, self.in_features
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """W."""
+        parts = (self.codes, self.scale, self.zero_point, self.offset)
+        return torch.ops.mkrs.dequantize(
+            *parts, self.bits, self.group_size, self.in_features, dtype
+        )
+
+
+def random_weight(n: int, k: int, bits: int, group_size: int = 64) -> Weight:
+    groups = -(-k // group_size)
+    middle = 2.0 ** (bits - 1)
+    scale = (torch.rand(n, groups, device="cuda") + 0.5) / middle / k**0.5
+    offset = -scale * (middle + torch.rand(n, groups, device="cuda") - 0.5)
+    codes = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device="cuda")
+    return Weight(codes, scale.half(), None, offset.half(), bits, group_size)
+
+
+def copies(bytes_each: int) -> int:
+    return max(3, min(64, -(-ROTATE_BYTES // bytes_each)))
+
+
+class Bench:
+    """Collects rows and prints them as they come."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.read_kernel = torch.cuda._compile_kernel(READ_SOURCE, "read_bytes")
+        self.reads: dict[int, Timing] = {}
+
+    def add(self, op: str, shape: str, m: int, timing: Timing, **extra: Any) -> None:
+        row = {
+            "op": op,
+            "shape": shape,
+            "m": m,
+            "us_min": round(timing.min, 2),
+            "us_median": round(timing.median, 2),
+            **{k: round(v, 4) if isinstance(v, float) else v for k, v in extra.items()},
+        }
+        self.rows.append(row)
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def read(self, size: int) -> Timing:
+        """The floor: a kernel that reads ``size`` cold bytes and does nothing else."""
+        if size not in self.reads:
+            buffers = [
+                torch.randint(0, 255, (size // 16, 16), dtype=torch.uint8, device="cuda")
+                for _ in range(copies(size))
+            ]
+            sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+            units = torch.cuda.get_device_properties(0).multi_processor_count
+            best: Timing | None = None
+            for blocks, threads in ((1, 1024), (2, 512), (2, 1024), (4, 512), (8, 256)):
+
+                def call(b: torch.Tensor, blocks: int = blocks, threads: int = threads) -> None:
+                    self.read_kernel(
+                        grid=(units * blocks, 1, 1),
+                        block=(threads, 1, 1),
+                        args=(b, size // 16, sink),
+                    )
+
+                timing = time_graph([lambda b=b: call(b) for b in buffers])  # type: ignore[misc]
+                if best is None or timing.median < best.median:
+                    best = timing
+            assert best is not None
+            self.reads[size] = best
+            self.add("read", f"{size / 1e6:.1f} MB", 0, best, tb_s=size / best.median / 1e6)
+        return self.reads[size]
+
+    def decode(
+        self, n: int, k: int, bits: int, ms: Sequence[int], dtype: torch.dtype, peers: bool
+    ) -> None:
+        first = random_weight(n, k, bits)
+        weights = [first] + [random_weight(n, k, bits) for _ in range(copies(first.bytes) - 1)]
+        floor = self.read(first.bytes // 16 * 16)
+        exact = first.dequantize(torch.float32).double()
+        shape = f"{n}x{k} {bits}bit"
+        name = str(dtype).removeprefix("torch.")
+        for m in ms:
+            x = torch.randn(m, k, device="cuda", dtype=dtype)
+            expected = x.double() @ exact.T
+            error = ((first.matmul(x).double() - expected).norm() / expected.norm()).item()
+            dense = F.linear(x, exact.to(dtype))
+            dense_error = ((dense.double() - expected).norm() / expected.norm()).item()
+            timing = time_graph([lambda w=w: w.matmul(x) for w in weights])  # type: ignore[misc]
+            self.add(
+                f"dequant_matmul {name}",
+                shape,
+                m,
+                timing,
+                of_read=floor.median / timing.median,
+                error=f"{error:.1e}",
+                dense_error=f"{dense_error:.1e}",
+            )
+        if peers and bits == 4:
+            self.tinygemm(first, [m for m in ms if m <= 16], floor)
+
+    def tinygemm(self, w: Weight, ms: Sequence[int], floor: Timing) -> None:
+        n, k = w.codes.shape[0], w.in_features
+        packed = [
+            torch._convert_weight_to_int4pack(w.codes, 8) for _ in range(copies(w.codes.numel()))
+        ]
+        zeros = torch.randn(k // w.group_size, n, 2, device="cuda", dtype=torch.bfloat16)
+        params = [zeros.clone() for _ in packed]
+        for m in ms:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            timing = time_graph(
+                [
+                    lambda p=p, z=z: torch._weight_int4pack_mm(x, p, w.group_size, z)  # type: ignore[misc]
+                    for p, z in zip(packed, params, strict=True)
+                ]
+            )
+            self.add(
+                "torch _weight_int4pack_mm",
+                f"{n}x{k} 4bit",
+                m,
+                timing,
+                of_read=floor.median / timing.median,
+            )
+
+    def large(self, n: int, k: int, bits: int, ms: Sequence[int], transposed: bool) -> None:
+        first = random_weight(n, k, bits)
+        dense = [first.dequantize(torch.bfloat16) for _ in range(4)]
+        weights = [first] + [random_weight(n, k, bits) for _ in range(3)]
+        exact = first.dequantize(torch.float32).double()
+        op = "dequant_matmul_t" if transposed else "dequant_matmul"
+        floor = self.read(first.bytes // 16 * 16) if 1 in ms else None
+        for m in ms:
+            x = torch.randn(m, n if transposed else k, device="cuda", dtype=torch.bfloat16)
+            rows = x[:256].double()
+            expected = rows @ exact if transposed else rows @ exact.T
+            run = Weight.matmul_t if transposed else Weight.matmul
+            product = torch.matmul if transposed else F.linear
+            error = ((run(first, x)[:256].double() - expected).norm() / expected.norm()).item()
+            best = (product(x, dense[0])[:256].double() - expected).norm() / expected.norm()
+            count = 4 if m >= 256 else 1
+            reference = time_graph([lambda d=d: product(x, d) for d in dense])  # type: ignore[misc]
+            timing = time_graph(
+                [lambda w=w: run(w, x) for w in weights * (1 if count == 4 else 4)]  # type: ignore[misc]
+            )
+            extra: dict[str, Any] = {} if floor is None else {
+                "of_read": floor.median / timing.median
+            }
+            self.add(
+                f"{op} bfloat16",
+                f"{n}x{k} {bits}bit",
+                m,
+                timing,
+                dense_us=reference.median,
+                of_dense=reference.median / timing.median,
+                tflops=2e-6 * m * n * k / timing.median,
+                error=f"{error:.1e}",
+                dense_error=f"{best.item():.1e}",
+                **extra,
+            )
+
+    def conversions(self, n: int, k: int) -> None:
+        source = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        target = torch.empty_like(source[0])
+        timing = time_graph([lambda s=s: target.copy_(s) for s in source])  # type: ignore[misc]
+        copied = 2 * source[0].numel() * 2
+        self.add("copy", f"{n}x{k}", 0, timing, tb_s=copied / timing.median / 1e6)
+        per_byte = timing.median / copied
+        for bits in (8, 4, 2):
+            weights = [random_weight(n, k, bits) for _ in range(4)]
+            moved = weights[0].bytes + n * k * 2
+            timing = time_graph([lambda w=w: w.dequantize(torch.bfloat16) for w in weights])  # type: ignore[misc]
+            self.add(
+                "dequantize",
+                f"{n}x{k} {bits}bit",
+                0,
+                timing,
+                tb_s=moved / timing.median / 1e6,
+                of_copy=per_byte * moved / timing.median,
+            )
+            timing = time_graph(
+                [lambda s=s: torch.ops.mkrs.quantize(s, bits, 64, "affine") for s in source]  # type: ignore[misc]
+            )
+            self.add(
+                "quantize",
+                f"{n}x{k} {bits}bit",
+                0,
+                timing,
+                tb_s=moved / timing.median / 1e6,
+                of_copy=per_byte * moved / timing.median,
+            )
+
+
+def environment() -> dict[str, str]:
+    smi = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "gpu": smi or torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+        "command": "python -m benchmarks.compare_cuda " + " ".join(sys.argv[1:]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument(
+        "--sections",
+        default="decode,f32,prefill,transposed,convert,peers",
+        help="comma-separated parts to run",
+    )
+    arguments = parser.parse_args(argv)
+    sections = arguments.sections.split(",")
+    bench = Bench()
+    up, down, square = (14336, 4096), (4096, 14336), (4096, 4096)
+    if "decode" in sections:
+        peers = "peers" in sections
+        for n, k in (up, down, square):
+            bench.decode(n, k, 4, (1, 2, 4, 8, 16, 32), torch.bfloat16, peers)
+        bench.decode(*up, 4, (1, 16), torch.float16, False)
+        for bits in (8, 2):
+            for n, k in (up, down):
+                bench.decode(n, k, bits, (1, 4, 16), torch.bfloat16, False)
+        bench.decode(1024, 4096, 4, (1,), torch.bfloat16, False)
+    if "f32" in sections:
+        bench.decode(*up, 4, (1, 4, 16), torch.float32, False)
+    if "prefill" in sections:
+        for n, k in (up, down):
+            bench.large(n, k, 4, (64, 128, 256, 512, 1024, 4096), False)
+        bench.large(*up, 8, (64, 512, 4096), False)
+    if "transposed" in sections:
+        for n, k in (up, down):
+            bench.large(n, k, 4, (1, 4, 16, 64, 4096), True)
+    if "convert" in sections:
+        bench.conversions(*up)
+    if arguments.json is not None:
+        document = {"environment": environment(), "rows": bench.rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

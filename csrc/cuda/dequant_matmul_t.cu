@@ -1,0 +1,257 @@
+// input [m, N] @ W -> [m, K].
+//
+// Floor for few rows: codes and scales read once over the memory bandwidth. Each lane owns 16 columns
+// and walks down the rows with f32 sums, about 3 instructions a weight (half the issue slots of an H100
+// at 4 bits): the scale belongs to the summed index here, so tensor cores would need rounded products.
+// Floor for many rows: the dense product; the weights are then dequantized into scratch once.
+#include "dequantize_rows.cuh"
+#include "sum_partials.cuh"
+
+namespace mkrs::cuda {
+namespace {
+
+constexpr int kColumns = 16;  // of a lane: never more than one group
+constexpr int kTile = 32 * kColumns;
+constexpr int kWarps = 8;
+// Rows a lane has in flight; several input rows need the registers for their sums.
+template <int M>
+constexpr int kUnroll = M == 1 ? 8 : 4;
+constexpr int kMostRows = 4;      // input rows of one pass
+constexpr int kBlocksPerSm = 2;
+// Above this many passes the dense route is faster: a pass costs one reading of the weights, the dense
+// route about nine.
+constexpr int kMostPasses = 5;
+
+// Codes become floats by placing them high in the mantissa of a constant: element() is
+// (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
+// the end costs no accuracy.
+template <int BITS>
+struct Lane {
+  static constexpr int kWords = BITS / 2;
+  static constexpr float kBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
+  static constexpr float kInverseFactor = BITS == 8 ? 1.0f : 2.0f;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const uint8_t* p, bool vector, int bytes) {
+    if (vector) {
+      if constexpr (BITS == 8) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+      } else if constexpr (BITS == 4) {
+        const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
+        words[0] = v.x, words[1] = v.y;
+      } else {
+        words[0] = __ldg(reinterpret_cast<const uint32_t*>(p));
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kWords; ++i) {
+      if (i < bytes) words[i / 4] |= static_cast<uint32_t>(__ldg(p + i)) << (i % 4 * 8);
+    }
+  }
+
+  __device__ __forceinline__ void elements(float (&v)[kColumns]) const {
+    if constexpr (BITS == 8) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const uint32_t bits = __byte_perm(words[i / 4], 0x4bu, 0x4550 + i % 4);
+        v[i] = __uint_as_float(bits) - 8388608.0f;
+      }
+    } else if constexpr (BITS == 4) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t even = (words[i] << 3) & 0x78787878u;
+        const uint32_t odd = (words[i] >> 1) & 0x78787878u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // 8 + q / 2
+          v[8 * i + 2 * j] = __uint_as_float(__byte_perm(even, 0x41u, 0x4055 + (j << 8)));
+          v[8 * i + 2 * j + 1] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4055 + (j << 8)));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t shifted = c < 3 ? words[0] << (5 - 2 * c) : words[0] >> 1;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // 2 + q / 2
+          v[4 * j + c] =
+              __uint_as_float(__byte_perm(shifted & 0x60606060u, 0x40u, 0x4055 + (j << 8)));
+        }
+      }
+    }
+  }
+};
+
+struct Params {
+  QuantizedWeight w;
+  const void* x;  // [m, N]
+  int64_t x_stride;
+  float* partial;  // [gridDim.y, m, K]
+  int shift;
+  int64_t split_rows;
+  bool aligned;
+};
+
+// Grid (column tiles, row splits); the warps of a block take every kWarps-th row of its split.
+template <typename T, int BITS, int M>
+__global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm)
+    matmul_t_kernel(const Params p) {
+  constexpr int kRows = kUnroll<M>;
+  const QuantizedWeight& w = p.w;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kTile + lane * kColumns;
+  const int64_t begin = blockIdx.y * p.split_rows;
+  const int64_t end = min(w.rows, begin + p.split_rows);
+  float acc[M][kColumns] = {};
+  float shifts[M] = {};
+  if (k < w.in_features) {
+    const int64_t group = k >> p.shift;
+    const int bytes =
+        static_cast<int>((min(static_cast<int64_t>(kColumns), w.in_features - k) * BITS + 7) / 8);
+    const bool vector = p.aligned && bytes == 2 * BITS;
+    const T* x = static_cast<const T*>(p.x);
+    for (int64_t row = begin + warp; row < end; row += kWarps * kRows) {
+      Lane<BITS> codes[kRows];
+      RawGroup groups[kRows];
+      T inputs[kRows][M];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t n = row + u * kWarps;
+        const int64_t safe = n < end ? n : row;
+        codes[u].load(w.codes + safe * w.codes_stride + k * BITS / 8, vector, bytes);
+        groups[u] = load_group(w, safe, group);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          inputs[u][m] = x[m * p.x_stride + safe];
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if (row + u * kWarps >= end) break;
+        float v[kColumns];
+        codes[u].elements(v);
+        const Group g = finish_group(w, groups[u]);
+        const float shift = fmaf(g.scale, -(Lane<BITS>::kBias + g.zero), g.offset);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const float input = to_float(inputs[u][m]);
+          const float scaled = input * g.scale * Lane<BITS>::kInverseFactor;
+          shifts[m] = fmaf(input, shift, shifts[m]);
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) acc[m][i] = fmaf(scaled, v[i], acc[m][i]);
+        }
+      }
+    }
+  }
+  __shared__ float sums[kWarps][kTile];
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    if (m > 0) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 4) {
+      *reinterpret_cast<float4*>(&sums[warp][lane * kColumns + i]) =
+          make_float4(acc[m][i] + shifts[m], acc[m][i + 1] + shifts[m], acc[m][i + 2] + shifts[m],
+                      acc[m][i + 3] + shifts[m]);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile; i += kWarps * 32) {
+      const int64_t column = static_cast<int64_t>(blockIdx.x) * kTile + i;
+      if (column >= w.in_features) break;
+      float value = 0.0f;
+#pragma unroll
+      for (int s = 0; s < kWarps; ++s) value += sums[s][i];
+      p.partial[(static_cast<int64_t>(blockIdx.y) * M + m) * w.in_features + column] = value;
+    }
+  }
+}
+
+template <typename T, int BITS>
+void launch(const Params& p, int64_t m, dim3 grid, cudaStream_t stream) {
+  const auto run = [&](auto kernel) { kernel<<<grid, kWarps * 32, 0, stream>>>(p); };
+  if (m == 1) {
+    run(matmul_t_kernel<T, BITS, 1>);
+  } else if (m == 2) {
+    run(matmul_t_kernel<T, BITS, 2>);
+  } else if (m == 3) {
+    run(matmul_t_kernel<T, BITS, 3>);
+  } else {
+    run(matmul_t_kernel<T, BITS, 4>);
+  }
+}
+
+void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x_stride, Float type,
+              int64_t m, void* out, const Scope& scope, const Tensor& like) {
+  const int64_t tiles = ceil_div(w.in_features, kTile);
+  MKRS_CHECK(tiles < (int64_t{1} << 31), op, "in_features must fit one CUDA grid, got ",
+             w.in_features);
+  // One wave of blocks.
+  const int64_t wanted = int64_t{scope.info().multiprocessors} * kBlocksPerSm / tiles;
+  const int64_t split_rows =
+      std::max<int64_t>(kWarps * kUnroll<1>, ceil_div(w.rows, std::max<int64_t>(1, wanted)));
+  const int64_t splits = ceil_div(w.rows, split_rows);
+  Tensor partial = empty_on(like, {splits, m, w.in_features}, ScalarType::Float);
+  const int64_t lane_bytes = 2 * w.bits;
+  const Params p{w,
+                 x,
+                 x_stride,
+                 static_cast<float*>(partial.mutable_data_ptr()),
+                 group_shift(w),
+                 split_rows,
+                 aligned(w.codes, lane_bytes) && w.codes_stride % lane_bytes == 0};
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+  dispatch_float(type, [&](auto element) {
+    dispatch_bits(w.bits, [&](auto bits) {
+      launch<decltype(element), decltype(bits)::value>(p, m, grid, scope.stream());
+    });
+  });
+  check_launch(op);
+  launch_sum_partials(op, p.partial, splits, m, w.in_features, nullptr, out, type, scope.stream());
+}
+
+Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& scale,
+                        const std::optional<Tensor>& zero_point,
+                        const std::optional<Tensor>& offset, int64_t bits, int64_t group_size,
+                        int64_t in_features) {
+  const char* op = "dequant_matmul_t";
+  const Float type = check_matmul_input(op, input, codes);
+  const Scope scope(op, input);
+  const WeightArgs weight =
+      check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
+  const QuantizedWeight& w = weight.view;
+  MKRS_CHECK(input.size(input.dim() - 1) == w.rows, op, "input must have N = ", w.rows,
+             " as its last size, got shape ", shape_string(input));
+
+  const int64_t m = rows_of(input);
+  const Tensor flat = has_uniform_rows(input) ? input : torch::stable::contiguous(input);
+  if (ceil_div(m, kMostRows) > kMostPasses && w.rows > 0 && in_features > 0) {
+    Tensor scratch = empty_on(input, {w.rows, in_features}, input.scalar_type());
+    launch_dequantize_rows(op, w, RowIndex{}, w.rows, scratch.mutable_data_ptr(), type,
+                           scope.stream());
+    return torch::stable::matmul(flat, scratch);
+  }
+  Tensor result = empty_on(input, sizes_with_last(input, in_features), input.scalar_type());
+  if (m == 0 || in_features == 0) return result;
+  for (int64_t first = 0; first < m; first += kMostRows) {
+    const int64_t rows = std::min<int64_t>(kMostRows, m - first);
+    void* out = static_cast<char*>(result.mutable_data_ptr()) + first * in_features * float_size(type);
+    const void* x = static_cast<const char*>(flat.const_data_ptr()) +
+                    first * row_stride(flat) * float_size(type);
+    if (w.rows == 0) {  // an empty sum
+      launch_sum_partials(op, nullptr, 0, rows, in_features, nullptr, out, type, scope.stream());
+    } else {
+      run_pass(op, w, x, row_stride(flat), type, rows, out, scope, input);
+    }
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace mkrs::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mkrs, CUDA, m) {
+  m.impl("dequant_matmul_t", TORCH_BOX(&mkrs::cuda::dequant_matmul_t));
+}

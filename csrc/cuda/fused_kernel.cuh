@@ -1,0 +1,382 @@
+// Floor: 2 m N K operations over the tensor cores' peak, or codes and scales over the memory
+// bandwidth. Per 64 k a multiprocessor needs 4 cycles a row of input for the products of 128 weight
+// rows, and about 280 issue cycles to dequantize them: hidden behind the products from 64 rows on.
+//
+// The weights are the first operand, dequantized in registers (f32 arithmetic, one rounding to the
+// input's type, as a dense layer has it); the activations come through the bulk copy engine, swizzled
+// as the products want them. A producer warpgroup keeps a ring of stages filled: one thread starts the
+// bulk copies, all of them prepare the scales of a row each. Two consumer warpgroups of 64 weight rows
+// each take turns on the tensor cores: one dequantizes while the other multiplies.
+#pragma once
+
+#include "fused.cuh"
+#include "sum_partials.cuh"
+#include "wgmma.cuh"
+
+namespace mkrs::cuda {
+
+constexpr int kFusedRows = 128;  // weight rows of a block
+constexpr int kFusedDepth = 64;  // k of a stage
+constexpr int kFusedThreads = 384;
+
+struct FusedParams {
+  QuantizedWeight w;
+  const void* bias;
+  void* out;
+  float* partial;  // [splits, m, N] or null
+  int m;
+  int shift;
+  int steps;        // stages' worth of k in a row
+  int split_steps;  // of one block
+};
+
+template <int BITS>
+constexpr int kFusedCodeBytes = kFusedRows * kFusedDepth * BITS / 8;
+
+template <int BITS, int M>
+constexpr int kFusedStageBytes = M* kFusedDepth * 2 + kFusedCodeBytes<BITS>;
+
+// Scales of a stage: one or four runs of k times the rows.
+template <int GROUPS>
+constexpr int kFusedScaleBytes = GROUPS* kFusedRows * 8;
+
+template <int BITS, int M>
+constexpr int kFusedStages = M == 256 ? 4 : M == 128 ? 6 : 5;
+
+// Blocks on a multiprocessor: with few products to a step, two blocks hide each other's waits.
+template <int M>
+constexpr int kFusedBlocks = M <= 64 ? 2 : 1;
+
+// Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the constants
+// are those of fused_scale.
+template <int BITS>
+__device__ __forceinline__ void fused_elements(const uint32_t* words, int t, float (&v)[4]) {
+  if constexpr (BITS == 8) {
+    const uint32_t select = 0x10 + 0x22 * t;  // bytes 2t and 2t + 1 of eight
+    const uint32_t low = __byte_perm(words[0], words[1], select);
+    const uint32_t high = __byte_perm(words[2], words[3], select);
+    v[0] = __uint_as_float(__byte_perm(low, 0x4bu, 0x4550)) - 8388608.0f;
+    v[1] = __uint_as_float(__byte_perm(low, 0x4bu, 0x4551)) - 8388608.0f;
+    v[2] = __uint_as_float(__byte_perm(high, 0x4bu, 0x4550)) - 8388608.0f;
+    v[3] = __uint_as_float(__byte_perm(high, 0x4bu, 0x4551)) - 8388608.0f;
+  } else if constexpr (BITS == 4) {
+    const uint32_t four = __byte_perm(words[0], words[1], 0x40 + 0x11 * t);
+    const uint32_t even = (four << 3) & 0x7878u;
+    const uint32_t odd = (four >> 1) & 0x7878u;
+    v[0] = __uint_as_float(__byte_perm(even, 0x41u, 0x4055));  // 8 + q / 2
+    v[1] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4055));
+    v[2] = __uint_as_float(__byte_perm(even, 0x41u, 0x4155));
+    v[3] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4155));
+  } else {
+    const uint32_t four = words[0] >> (4 * t);
+    v[0] = __uint_as_float((four << 21 & 0x600000u) | 0x40000000u);  // 2 + q / 2
+    v[1] = __uint_as_float((four << 19 & 0x600000u) | 0x40000000u);
+    v[2] = __uint_as_float((four << 5 & 0x600000u) | 0x40000000u);
+    v[3] = __uint_as_float((four << 3 & 0x600000u) | 0x40000000u);
+  }
+}
+
+// (factor, shift) with w = element * factor + shift.
+template <int BITS>
+__device__ __forceinline__ float2 fused_scale(const QuantizedWeight& w, const RawGroup& raw) {
+  constexpr float kBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
+  constexpr float kFactor = BITS == 8 ? 1.0f : 2.0f;
+  const Group g = finish_group(w, raw);
+  return make_float2(g.scale * kFactor, fmaf(g.scale, -(kBias + g.zero), g.offset));
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Grid (input tiles, weight tiles, splits of K). GROUPS: scales per stage and row, 1 or 4.
+template <typename T, int BITS, int M, int GROUPS>
+__global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
+    fused_kernel(const __grid_constant__ CUtensorMap x_map,
+                 const __grid_constant__ CUtensorMap code_map, const FusedParams p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kStages = kFusedStages<BITS, M>;
+  constexpr int kStageBytes = kFusedStageBytes<BITS, M>;
+  constexpr int kInputBytes = M * kFusedDepth * 2;
+  constexpr int kRowBytes = kFusedDepth * BITS / 8;
+  extern __shared__ unsigned char unaligned[];
+  unsigned char* shared =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(unaligned) + 1023) & ~1023ull);
+  __shared__ uint64_t barriers[2 * kStages];
+  const auto address = [](const void* q) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(q));
+  };
+  const uint32_t full = address(barriers);
+  const uint32_t empty = full + 8 * kStages;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      wgmma::barrier_init(full + 8 * s, 1 + 128);
+      wgmma::barrier_init(empty + 8 * s, 2);
+    }
+    wgmma::barrier_init_fence();
+  }
+  __syncthreads();
+
+  constexpr int kAhead = GROUPS == 1 ? (M <= 64 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
+  float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
+  const int m0 = blockIdx.x * M;
+  const int n0 = blockIdx.y * kFusedRows;
+  const int first = blockIdx.z * p.split_steps;
+  const int steps = min(p.split_steps, p.steps - first);
+  const int group = threadIdx.x / 128;  // warpgroup
+
+  if (group == 2) {
+    if constexpr (M >= 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
+    const int r = threadIdx.x - 256;
+    const int64_t n = n0 + r;
+    const QuantizedWeight& w = p.w;
+    RawGroup raw[kAhead][GROUPS];
+    const auto fetch = [&](int s, RawGroup (&to)[GROUPS]) {
+      const int k = (first + s) * kFusedDepth;
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i) {
+        const int at = k + i * (kFusedDepth / GROUPS);
+        to[i] = RawGroup{0, 0};
+        if (s < steps && n < w.rows && at < w.in_features) to[i] = load_group(w, n, at >> p.shift);
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch(i, raw[i]);
+    for (int base = 0; base < steps; base += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int s = base + i;
+        if (s >= steps) break;
+        const int stage = s % kStages;
+        if (s >= kStages) wgmma::barrier_wait(empty + 8 * stage, (s / kStages - 1) & 1);
+        const uint32_t barrier = full + 8 * stage;
+        if (r == 0) {
+          const uint32_t target = address(shared + stage * kStageBytes);
+          wgmma::barrier_expect(barrier, kStageBytes);
+          wgmma::copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
+          wgmma::copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
+        }
+        float2* scales = all_scales + stage * (GROUPS * kFusedRows) + r;
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = fused_scale<BITS>(w, raw[i][j]);
+        wgmma::barrier_arrive(barrier);
+        fetch(s + kAhead, raw[i]);
+      }
+    }
+  } else {
+    if constexpr (M >= 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+    const int warp = threadIdx.x / 32 % 4;
+    const int lane = threadIdx.x % 32;
+    const int g = lane / 4;
+    const int t = lane % 4;
+    const int row = group * 64 + warp * 16 + g;  // and row + 8
+    const QuantizedWeight& w = p.w;
+
+    float acc[M / 2];
+#pragma unroll
+    for (int i = 0; i < M / 2; ++i) acc[i] = 0.0f;
+    for (int s = 0; s < steps; ++s) {
+      const int stage = s % kStages;
+      wgmma::barrier_wait(full + 8 * stage, (s / kStages) & 1);
+      const unsigned char* codes = shared + stage * kStageBytes + kInputBytes;
+      const float2* scales = all_scales + stage * (GROUPS * kFusedRows) + row;
+      uint32_t a[4][4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4* from = reinterpret_cast<const uint4*>(codes + (row + 8 * h) * kRowBytes);
+        uint32_t words[kRowBytes / 4];
+#pragma unroll
+        for (int i = 0; i < kRowBytes / 16; ++i) {
+          const uint4 v = from[i];
+          words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+        }
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk) {
+          float v[4];
+          fused_elements<BITS>(words + kk * (BITS / 2), t, v);
+          const float2 scale = scales[(GROUPS == 4 ? kk : 0) * kFusedRows + 8 * h];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) v[i] = fmaf(v[i], scale.x, scale.y);
+          a[kk][h] = pack_pair<T>(v[0], v[1]);
+          a[kk][2 + h] = pack_pair<T>(v[2], v[3]);
+        }
+      }
+      const uint64_t b = wgmma::descriptor(address(shared + stage * kStageBytes));
+      wgmma::fence();
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk) wgmma::multiply<T, M>(acc, a[kk], b + 2 * kk, 1);
+      wgmma::commit();
+      wgmma::wait();
+      if (threadIdx.x % 128 == 0) wgmma::barrier_arrive(empty + 8 * stage);
+    }
+
+    // ---- results: lane holds rows `row`, `row` + 8 of columns 8j + 2t, 8j + 2t + 1 ----
+    if (p.partial != nullptr) {
+      float* partial = p.partial + static_cast<int64_t>(blockIdx.z) * p.m * w.rows;
+#pragma unroll
+      for (int i = 0; i < M / 2; ++i) {
+        const int m = m0 + i / 4 * 8 + 2 * t + (i & 1);
+        const int64_t n = n0 + row + (i & 2 ? 8 : 0);
+        if (m < p.m && n < w.rows) partial[m * w.rows + n] = acc[i];
+      }
+    } else {
+      // Through shared memory, so that rows of the output are written in 16-byte pieces. The stages
+      // are idle once both warpgroups are here.
+      constexpr int kPitch = kFusedRows + 8;
+      T* tile = reinterpret_cast<T*>(shared);
+      float bias[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t n = n0 + row + 8 * h;
+        if (p.bias != nullptr && n < w.rows) bias[h] = to_float(static_cast<const T*>(p.bias)[n]);
+      }
+      asm volatile("bar.sync 1, 256;\n" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < M / 2; ++i) {
+        const int m = i / 4 * 8 + 2 * t + (i & 1);
+        tile[m * kPitch + row + (i & 2 ? 8 : 0)] = from_float<T>(acc[i] + bias[i / 2 % 2]);
+      }
+      asm volatile("bar.sync 1, 256;\n" ::: "memory");
+      T* out = static_cast<T*>(p.out);
+      const bool whole = n0 + kFusedRows <= w.rows && w.rows % 8 == 0;
+      for (int i = threadIdx.x; i < M * (kFusedRows / 8); i += 256) {
+        const int m = i / (kFusedRows / 8);
+        const int n = i % (kFusedRows / 8) * 8;
+        if (m0 + m >= p.m) break;
+        T* to = out + static_cast<int64_t>(m0 + m) * w.rows + n0 + n;
+        if (whole) {
+          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + m * kPitch + n);
+        } else {
+          for (int j = 0; j < 8 && n0 + n + j < w.rows; ++j) to[j] = tile[m * kPitch + n + j];
+        }
+      }
+    }
+  }
+#endif
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+inline EncodeTiled encode_tiled(const char* op) {
+  static const EncodeTiled function = [&] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    check_cuda(op, "finding cuTensorMapEncodeTiled",
+               cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                cudaEnableDefault, &found));
+    MKRS_CHECK(found == cudaDriverEntryPointSuccess, op,
+               "the driver must have cuTensorMapEncodeTiled, got query result ",
+               static_cast<int>(found));
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return function;
+}
+
+inline CUtensorMap tensor_map(const char* op, CUtensorMapDataType type, const void* data,
+                              int64_t inner, int64_t outer, int64_t stride_bytes, int box_inner,
+                              int box_outer, CUtensorMapSwizzle swizzle) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner), static_cast<cuuint32_t>(box_outer)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result = encode_tiled(op)(
+      &map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  MKRS_CHECK(result == CUDA_SUCCESS, op, "cuTensorMapEncodeTiled must succeed, got CUDA error ",
+             static_cast<int>(result));
+  return map;
+}
+
+template <typename T, int BITS, int M, int GROUPS>
+void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info,
+                  const Tensor& like, cudaStream_t stream) {
+  const QuantizedWeight& w = call.w;
+  const int64_t m_tiles = ceil_div(call.m, M);
+  const int64_t n_tiles = ceil_div(w.rows, kFusedRows);
+  const int64_t steps = ceil_div(w.in_features, kFusedDepth);
+  // A few idle multiprocessors cost less than adding up partial sums.
+  int64_t splits = std::max<int64_t>(
+      1, std::min<int64_t>(
+             info.multiprocessors * kFusedBlocks<M> / (m_tiles * n_tiles), steps / 8));
+  const int64_t split_steps = ceil_div(steps, splits);
+  splits = ceil_div(steps, split_steps);
+
+  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMap x_map = tensor_map(op, kType, call.x, w.in_features, call.m, call.x_stride * 2,
+                                       kFusedDepth, M, CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap code_map =
+      tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS), w.rows,
+                 w.codes_stride, kFusedDepth * BITS / 8, kFusedRows, CU_TENSOR_MAP_SWIZZLE_NONE);
+  std::optional<Tensor> partial;
+  if (splits > 1) partial = empty_on(like, {splits, call.m, w.rows}, ScalarType::Float);
+  const FusedParams p{w,
+                      call.bias,
+                      call.out,
+                      splits > 1 ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
+                      static_cast<int>(call.m),
+                      std::min(group_shift(w), 31),
+                      static_cast<int>(steps),
+                      static_cast<int>(split_steps)};
+  constexpr int kShared =
+      (kFusedStageBytes<BITS, M> + kFusedScaleBytes<GROUPS>)*kFusedStages<BITS, M> + 1024;
+  const auto kernel = fused_kernel<T, BITS, M, GROUPS>;
+  check_cuda(op, "asking for shared memory",
+             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  const dim3 grid(static_cast<unsigned>(m_tiles), static_cast<unsigned>(n_tiles),
+                  static_cast<unsigned>(splits));
+  kernel<<<grid, kFusedThreads, kShared, stream>>>(x_map, code_map, p);
+  check_launch(op);
+  if (splits > 1) {
+    launch_sum_partials(op, p.partial, splits, call.m, w.rows, call.bias, call.out, call.type,
+                        stream);
+  }
+}
+
+template <typename T>
+bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info, const Tensor& like,
+               cudaStream_t stream) {
+  const QuantizedWeight& w = call.w;
+  const bool fits = info.major == 9 && aligned(call.x, 16) && call.x_stride % 8 == 0 &&
+                    aligned(w.codes, 16) && w.codes_stride % 16 == 0 &&
+                    w.in_features >= kFusedDepth && w.in_features < (int64_t{1} << 30) &&
+                    ceil_div(w.rows, kFusedRows) <= 65535 && call.m < (int64_t{1} << 30) &&
+                    w.codes_stride > 0 && call.x_stride >= w.in_features;
+  if (!fits) return false;
+  dispatch_bits(w.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    const auto with_rows = [&](auto rows) {
+      constexpr int kM = decltype(rows)::value;
+      if (w.groups <= 1 || w.group_size >= kFusedDepth) {
+        launch_fused<T, kBits, kM, 1>(op, call, info, like, stream);
+      } else {
+        launch_fused<T, kBits, kM, 4>(op, call, info, like, stream);
+      }
+    };
+    if (call.m <= 16) {
+      with_rows(std::integral_constant<int, 16>{});
+    } else if (call.m <= 64) {
+      with_rows(std::integral_constant<int, 64>{});
+    } else if (call.m <= 128) {
+      with_rows(std::integral_constant<int, 128>{});
+    } else {
+      with_rows(std::integral_constant<int, 256>{});
+    }
+  });
+  return true;
+}
+
+}  // namespace mkrs::cuda

@@ -1,0 +1,64 @@
+#include "sum_partials.cuh"
+
+namespace mkrs::cuda {
+namespace {
+
+constexpr int kColumns = 32;
+constexpr int kSlices = 8;
+
+// blockDim is (kColumns, slices): slices share the splits of an output, so that many partial sums are
+// in flight even for a short output.
+template <typename T>
+__global__ void sum_partials_kernel(const float* partial, int64_t splits, int64_t total, int64_t n,
+                                    const T* bias, T* out) {
+  __shared__ float sums[kSlices][kColumns];
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
+  float value = 0.0f;
+  if (i < total) {
+#pragma unroll 8
+    for (int64_t s = threadIdx.y; s < splits; s += blockDim.y) value += partial[s * total + i];
+  }
+  sums[threadIdx.y][threadIdx.x] = value;
+  __syncthreads();
+  if (threadIdx.y != 0 || i >= total) return;
+  for (unsigned s = 1; s < blockDim.y; ++s) value += sums[s][threadIdx.x];
+  if (bias != nullptr) value += to_float(bias[i % n]);
+  out[i] = from_float<T>(value);
+}
+
+constexpr int kThreads = 256;
+
+// Few splits: a thread an output.
+template <typename T>
+__global__ void sum_few_kernel(const float* partial, int64_t splits, int64_t total, int64_t n,
+                               const T* bias, T* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= total) return;
+  float value = 0.0f;
+#pragma unroll 4
+  for (int64_t s = 0; s < splits; ++s) value += partial[s * total + i];
+  if (bias != nullptr) value += to_float(bias[i % n]);
+  out[i] = from_float<T>(value);
+}
+
+}  // namespace
+
+void launch_sum_partials(const char* op, const float* partial, int64_t splits, int64_t m, int64_t n,
+                         const void* bias, void* out, Float type, cudaStream_t stream) {
+  const int64_t total = m * n;
+  if (total == 0) return;
+  const bool few = splits < 8;
+  const int64_t blocks = ceil_div(total, few ? kThreads : kColumns);
+  MKRS_CHECK(blocks < (int64_t{1} << 31), op, "the output must fit one CUDA grid, got ", total,
+             " elements");
+  dispatch_float(type, [&](auto element) {
+    using T = decltype(element);
+    const auto kernel = few ? sum_few_kernel<T> : sum_partials_kernel<T>;
+    const dim3 block = few ? dim3(kThreads) : dim3(kColumns, kSlices);
+    kernel<<<static_cast<unsigned>(blocks), block, 0, stream>>>(
+        partial, splits, total, n, static_cast<const T*>(bias), static_cast<T*>(out));
+  });
+  check_launch(op);
+}
+
+}  // namespace mkrs::cuda

@@ -1,0 +1,40 @@
+"""One small call of every kernel, to be run under compute-sanitizer (``make sanitize-cuda``)."""
+
+import torch
+
+from mergekit_torch import ops
+
+
+def main() -> None:
+    """Run every op over shapes with ragged edges; the sanitizer is the judge."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    for bits in (8, 4, 2):
+        for group_size in (16, 32, 64):
+            weight = torch.randn(85, 328, device=device)
+            codes, scale, offset = torch.ops.mkrs.quantize(weight, bits, group_size, "affine", None)
+            parts = (codes, scale, None, offset)
+            shape = {"bits": bits, "group_size": group_size, "in_features": 328}
+            ops.dequantize(*parts, **shape, dtype=torch.float16)
+            ops.dequant_embedding(torch.tensor([84, 0], device=device), *parts, **shape)
+            for reduction in ("sum", "abs_max"):
+                ops.dequant_reduce(*parts, **shape, reduction=reduction)
+            for m in (1, 5, 16, 70):
+                for dtype in (torch.float32, torch.bfloat16):
+                    x = torch.randn(m, 328, device=device, dtype=dtype)
+                    ops.dequant_matmul(x, *parts, bits=bits, group_size=group_size)
+            for m in (1, 4):
+                y = torch.randn(m, 85, device=device, dtype=torch.float16)
+                ops.dequant_matmul_t(y, *parts, **shape)
+    # More tiles than blocks, aligned rows: the copy engine and the asynchronous copies.
+    weight = torch.randn(4500, 512, device=device)
+    codes, scale, offset = torch.ops.mkrs.quantize(weight, 4, 64, "affine", None)
+    for m in (1, 12, 70, 200):
+        x = torch.randn(m, 512, device=device, dtype=torch.bfloat16)
+        ops.dequant_matmul(x, codes, scale, None, offset, bits=4, group_size=64)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Builds, loads and steers the simulator: ``load()`` gives this process a device named "mps".
+
+Two libraries are built once and cached by content: the simulator (engine, torch's Metal shim, the
+device) and the project's MPS host code, csrc/mps/*.cpp, compiled as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .compiler import CACHE, HERE, ROOT, CompileError, compile_kernels, host_compiler, run
+
+TORCH = Path(torch.__file__).resolve().parent
+_library: ctypes.CDLL | None = None
+_keep: list[Any] = []
+
+
+def _flags() -> list[str]:
+    include = TORCH / "include"
+    return [
+        "-fPIC",
+        "-g1",
+        "-Wall",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-I{include}",
+        f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}",
+    ]
+
+
+def _link_flags() -> list[str]:
+    lib = TORCH / "lib"
+    return ["-shared", f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_cpu", "-lc10", "-ldl"]
+
+
+def _build(name: str, sources: list[Path], flags: list[str], depends: list[Path]) -> Path:
+    """A shared library of ``sources``, from the cache when nothing that shapes it has changed."""
+    compiler = host_compiler()
+    digest = hashlib.sha256(repr((compiler, flags, torch.__version__, torch.__file__)).encode())
+    for path in sorted({*sources, *depends}):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = CACHE / f"{name}-{digest.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in sources:
+        own = hashlib.sha256(digest.digest() + source.name.encode()).hexdigest()[:24]
+        obj = CACHE / f"{own}.{os.getpid()}.o"
+        run([compiler, *flags, "-c", str(source), "-o", str(obj)])
+        objects.append(obj)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    run([compiler, *map(str, objects), *_link_flags(), "-o", str(temporary)])
+    temporary.replace(target)
+    for obj in objects:
+        obj.unlink()
+    return target
+
+
+def build_simulator() -> Path:
+    """The shared library with the engine, the shim and the device."""
+    sources = [HERE / name for name in ("engine.cpp", "device.cpp", "shim_mps.cpp")]
+    headers = [HERE / "engine.h", HERE / "device.h", HERE / "include" / "msl_runtime.h"]
+    flags = [*_flags(), "-std=c++20", "-O2", f"-I{HERE / 'include'}", "-Wno-unused-parameter"]
+    return _build("libmetal_sim", sources, flags, headers)
+
+
+def build_host() -> Path:
+    """csrc/mps/*.cpp with the embedded kernels, compiled as on macOS but for the target."""
+    csrc = ROOT / "csrc"
+    generated = CACHE / "shader_sources.cpp"
+    script = csrc / "mps" / "embed_shaders.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(generated)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise CompileError(done.stderr)
+    sources = [*sorted((csrc / "mps").glob("*.cpp")), generated]
+    headers = [*csrc.glob("*.h"), *(csrc / "mps").glob("*.h")]
+    flags = [
+        *_flags(),
+        "-std=c++17",
+        "-O1",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DTORCH_STABLE_ONLY",
+        f"-I{csrc}",
+    ]
+    return _build("libmkrs_mps", sources, flags, headers)
+
+
+def load() -> None:
+    """Gives this process device="mps"; the ops of mergekit_torch then run there too."""
+    global _library
+    if _library is not None:
+        return
+    if torch.backends.mps.is_built():
+        raise RuntimeError("this torch has a real MPS backend; the simulator would replace it")
+    library = ctypes.CDLL(str(build_simulator()), mode=ctypes.RTLD_GLOBAL)
+    library.sim_report.restype = ctypes.c_char_p
+    library.sim_set_seed.argtypes = [ctypes.c_uint64]
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
+    def compile_callback(source: bytes, answer: int, size: int) -> int:
+        try:
+            text, status = str(compile_kernels(source.decode())), 0
+        except Exception as error:  # a callback cannot raise
+            text, status = f"{type(error).__name__}: {error}", 1
+        data = text.encode()[: size - 1] + b"\0"
+        ctypes.memmove(answer, data, len(data))
+        return status
+
+    library.sim_set_compiler(compile_callback)
+    _keep.append(compile_callback)
+    _library = library
+    set_seed(int(os.environ.get("MKRS_SIM_SEED", "0")))
+
+    import mergekit_torch  # noqa: F401  (defines the ops' schemas)
+
+    torch.ops.load_library(str(build_host()))
+
+
+def _loaded() -> ctypes.CDLL:
+    load()
+    assert _library is not None
+    return _library
+
+
+def set_seed(seed: int) -> None:
+    """0 runs threads and threadgroups in order; other values shuffle both, repeatably."""
+    _loaded().sim_set_seed(seed)
+
+
+@contextlib.contextmanager
+def seed(value: int) -> Iterator[None]:
+    """Runs a block with one thread order."""
+    before = int(os.environ.get("MKRS_SIM_SEED", "0"))
+    set_seed(value)
+    try:
+        yield
+    finally:
+        set_seed(before)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[dict[str, Any]]:
+    """Counts memory traffic; the dict is filled when the block ends (see engine.h, Dispatch)."""
+    report: dict[str, Any] = {}
+    library = _loaded()
+    library.sim_reset()
+    library.sim_set_count(1)
+    try:
+        yield report
+        report.update(json.loads(library.sim_report()))
+    finally:
+        library.sim_set_count(0)
+        library.sim_reset()
+
+
+def kernels_run() -> list[str]:
+    """Names of all kernels that ran since the process started or `counting` ended."""
+    return list(json.loads(_loaded().sim_report())["kernels"])
+
+
+def launch(
+    source: str,
+    name: str,
+    tensors: dict[int, torch.Tensor],
+    values: dict[int, int] | None = None,
+    *,
+    grid: tuple[int, ...] = (32,),
+    group: tuple[int, ...] = (32,),
+) -> None:
+    """Compiles ``source`` and runs one kernel; ``grid`` is in threads."""
+    _loaded()
+    values = values or {}
+    torch.ops.metal_sim.launch(
+        source,
+        name,
+        list(tensors.values()),
+        list(tensors),
+        list(values.values()),
+        list(values),
+        list(grid),
+        list(group),
+    )
