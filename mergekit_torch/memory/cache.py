@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import threading
 import traceback
 from collections import OrderedDict, deque
@@ -226,8 +227,8 @@ class TensorCache:
         """
         total = _total(self._layout(name))
         # As csrc/memory/arena.cpp rounds.
-        page = 16384 if torch.backends.mps.is_available() else 4096
-        return -(-total // 64) * 64 if total < page else -(-total // page) * page
+        step = 64 if total < mmap.PAGESIZE else mmap.PAGESIZE
+        return max(64, -(-total // step) * step)
 
     def __contains__(self, name: object) -> bool:
         """Whether the tensor is loaded, or being loaded, now."""
