@@ -32,14 +32,17 @@ except CompileError as error:
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SCHEMES = ("symmetric", "asymmetric", "affine")
-# By default every bits x scheme with one scale type (all three occur); the rest is slow.
+ORDERS = (0, 11, 12, 13)  # seeds: in order, and three shuffles
+ONE, EVERY = "one order", "every order"
+# By default every bits x scheme with one scale type (all three occur), each in one order.
+# Slow: those in every order, and the other scale types in one.
 FORMATS = [
-    pytest.param(bits, scheme, scale, marks=[] if (i + j + k) % 3 == 0 else pytest.mark.slow)
+    pytest.param(bits, scheme, scale, orders, marks=[pytest.mark.slow] if slow else [])
     for (i, bits), (j, scheme), (k, scale) in itertools.product(
         enumerate((8, 4, 2)), enumerate(SCHEMES), enumerate(FLOATS)
     )
+    for orders, slow in ([(ONE, False), (EVERY, True)] if (i + j + k) % 3 == 0 else [(ONE, True)])
 ]
-ORDERS = (0, 11, 12, 13)
 IDS = ["-".join(str(v).replace("torch.", "") for v in p.values) for p in FORMATS]
 
 
@@ -48,12 +51,9 @@ def simulated() -> None:
     simulator.load()
 
 
-@pytest.fixture(params=["one order", pytest.param("every order", marks=pytest.mark.slow)])
-def orders(request: pytest.FixtureRequest) -> tuple[int, ...]:
-    """Every variant runs once; with the slow tests, in three shuffled orders besides."""
-    if request.param == "every order":
-        return ORDERS
-    return (ORDERS[zlib.crc32(request.node.name.encode()) % len(ORDERS)],)
+def chosen(orders: str, *parts: object) -> tuple[int, ...]:
+    """The seeds of a case: all, or one that depends on the case."""
+    return ORDERS if orders == EVERY else (ORDERS[zlib.crc32(repr(parts).encode()) % len(ORDERS)],)
 
 
 def weight(rows: int, k: int, bits: int, scheme: str, scale: torch.dtype, aligned: bool) -> Weight:
@@ -70,9 +70,9 @@ def weight(rows: int, k: int, bits: int, scheme: str, scale: torch.dtype, aligne
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["blocks", "bytes"])
-@pytest.mark.parametrize(("bits", "scheme", "scale"), FORMATS, ids=IDS)
+@pytest.mark.parametrize(("bits", "scheme", "scale", "orders"), FORMATS, ids=IDS)
 def test_matmul_variants(bits, scheme, scale, aligned, orders, monkeypatch) -> None:
-    for order in orders:
+    for order in chosen(orders, bits, scheme, scale, aligned):
         with simulator.seed(order):
             check_matmul(bits, scheme, scale, aligned, order, monkeypatch)
 
@@ -101,9 +101,9 @@ def check_matmul(bits, scheme, scale, aligned, order, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["blocks", "bytes"])
-@pytest.mark.parametrize(("bits", "scheme", "scale"), FORMATS, ids=IDS)
+@pytest.mark.parametrize(("bits", "scheme", "scale", "orders"), FORMATS, ids=IDS)
 def test_elementwise_variants(bits, scheme, scale, aligned, orders) -> None:
-    for order in orders:
+    for order in chosen(orders, bits, scheme, scale, aligned):
         with simulator.seed(order):
             check_elementwise(bits, scheme, scale, aligned)
 
@@ -129,9 +129,9 @@ def check_elementwise(bits, scheme, scale, aligned) -> None:
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "scheme", "scale"), FORMATS, ids=IDS)
+@pytest.mark.parametrize(("bits", "scheme", "scale", "orders"), FORMATS, ids=IDS)
 def test_quantize_variants(bits, scheme, scale, orders) -> None:
-    for order in orders:
+    for order in chosen(orders, bits, scheme, scale):
         with simulator.seed(order):
             check_quantize(bits, scheme, scale, order)
 
