@@ -3,9 +3,9 @@
 
 #include "format.h"
 
-// Code i of a block sits in word i / (16 / BITS) at bit BITS * (i % (16 / BITS)). Masked in place it
-// is the code times 2**bit, so the activation is divided by that power once (exactly) and a weight
-// costs one AND, one conversion and one fma.
+// Code i of a block sits in word i / (16 / BITS) at bit BITS * (i % (16 / BITS)). Masked in place
+// it is the code times 2**bit, so the activation is divided by that power once (exactly) and a
+// weight costs one AND, one conversion and one fma.
 template <int BITS>
 struct Masked {
   static constant constexpr int PER_WORD = 16 / BITS;
@@ -16,9 +16,7 @@ struct Masked {
   }
 
   // 2**-bit of code i.
-  static inline float unit(int i) {
-    return 1.0f / float(1 << (BITS * (i % PER_WORD)));
-  }
+  static inline float unit(int i) { return 1.0f / float(1 << (BITS * (i % PER_WORD))); }
 };
 
 // 16 activations from x, 0 past `left`.

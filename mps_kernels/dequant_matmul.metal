@@ -11,20 +11,17 @@ constant constexpr int DECODE_ROWS = 4;  // weight rows of a simdgroup
 // the powers of two of their places and summed once for the 4 rows; then a group's part of a dot
 // product is scale * sum(code * x) + shift * sum(x).
 template <typename T, typename S, int BITS, int SCHEME, bool ALIGNED>
-[[kernel, max_total_threads_per_threadgroup(VECTOR_SIMDGROUPS * SIMD)]] void
-dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
-                      device const S* scale [[buffer(1)]],
-                      device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
-                      device const T* x [[buffer(3)]],
-                      device const T* bias [[buffer(4)]],
-                      device T* out [[buffer(5)]],
-                      constant int2& shape [[buffer(6)]],    // rows N, in_features K
-                      constant int2& layout [[buffer(7)]],   // codes_stride, group_shift
-                      constant int2& strides [[buffer(8)]],  // scale_stride, zero_stride
-                      constant int2& options [[buffer(9)]],  // has_bias, unused
-                      uint group [[threadgroup_position_in_grid]],
-                      uint simdgroup [[simdgroup_index_in_threadgroup]],
-                      uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(VECTOR_SIMDGROUPS* SIMD)]] void dequant_matmul_decode(
+    device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
+    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
+    device const T* x [[buffer(3)]], device const T* bias [[buffer(4)]],
+    device T* out [[buffer(5)]],
+    constant int2& shape [[buffer(6)]],    // rows N, in_features K
+    constant int2& layout [[buffer(7)]],   // codes_stride, group_shift
+    constant int2& strides [[buffer(8)]],  // scale_stride, zero_stride
+    constant int2& options [[buffer(9)]],  // has_bias, unused
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   const int rows = shape.x, columns = shape.y;
   const int row_bytes = code_bytes<BITS>(columns);
   const int first = (int(group) * VECTOR_SIMDGROUPS + int(simdgroup)) * DECODE_ROWS;
@@ -86,20 +83,17 @@ dequant_matmul_decode(device const uchar* codes [[buffer(0)]],
 // M = 2..8. Floor: as for M = 1, codes are read once. 16 weights of each row are decoded once and
 // used by M vectors, whose 16 activations are loaded once for all rows of the simdgroup.
 template <typename T, typename S, int BITS, int SCHEME, bool ALIGNED, int M>
-[[kernel, max_total_threads_per_threadgroup(VECTOR_SIMDGROUPS * SIMD)]] void
-dequant_matmul_small(device const uchar* codes [[buffer(0)]],
-                     device const S* scale [[buffer(1)]],
-                     device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
-                     device const T* x [[buffer(3)]],
-                     device const T* bias [[buffer(4)]],
-                     device T* out [[buffer(5)]],
-                     constant int2& shape [[buffer(6)]],    // rows N, in_features K
-                     constant int2& layout [[buffer(7)]],   // codes_stride, group_shift
-                     constant int2& strides [[buffer(8)]],  // scale_stride, zero_stride
-                     constant int2& options [[buffer(9)]],  // has_bias, input_stride
-                     uint group [[threadgroup_position_in_grid]],
-                     uint simdgroup [[simdgroup_index_in_threadgroup]],
-                     uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(VECTOR_SIMDGROUPS* SIMD)]] void dequant_matmul_small(
+    device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
+    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
+    device const T* x [[buffer(3)]], device const T* bias [[buffer(4)]],
+    device T* out [[buffer(5)]],
+    constant int2& shape [[buffer(6)]],    // rows N, in_features K
+    constant int2& layout [[buffer(7)]],   // codes_stride, group_shift
+    constant int2& strides [[buffer(8)]],  // scale_stride, zero_stride
+    constant int2& options [[buffer(9)]],  // has_bias, input_stride
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   constexpr int R = M <= 4 ? 4 : 2;  // rows of a simdgroup: 16 * R weights + R * M sums a lane
   const int rows = shape.x, columns = shape.y;
   const int row_bytes = code_bytes<BITS>(columns);
@@ -123,7 +117,8 @@ dequant_matmul_small(device const uchar* codes [[buffer(0)]],
       LoadBlock<BITS, ALIGNED>::load(codes + row * ulong(layout.x) + ulong(start),
                                      row_bytes - start, words);
       const float s = float(scale[row * ulong(strides.x) + ulong(group_index)]);
-      const float shift = Shift<BITS, SCHEME>::factor(s, zero + row * ulong(strides.y), group_index);
+      const float shift =
+          Shift<BITS, SCHEME>::factor(s, zero + row * ulong(strides.y), group_index);
       UNROLL
       for (int i = 0; i < BLOCK; i++) {
         weights[r][i] = fma(s * Masked<BITS>::unit(i), Masked<BITS>::value(words, i), shift);
@@ -155,21 +150,18 @@ dequant_matmul_small(device const uchar* codes [[buffer(0)]],
 
 // M > 8: tiles (gemm.h). O is float and `out` a workspace [parts, M, N] when the sum is split.
 template <typename T, typename O, typename S, int BITS, int SCHEME, bool ALIGNED, int BM>
-[[kernel, max_total_threads_per_threadgroup(GEMM_THREADS)]] void
-dequant_matmul_tile(device const uchar* codes [[buffer(0)]],
-                    device const S* scale [[buffer(1)]],
-                    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
-                    device const T* x [[buffer(3)]],
-                    device const T* bias [[buffer(4)]],
-                    device O* out [[buffer(5)]],
-                    constant int2& shape [[buffer(6)]],     // rows N, in_features K
-                    constant int2& layout [[buffer(7)]],    // codes_stride, group_shift
-                    constant int2& strides [[buffer(8)]],   // scale_stride, zero_stride
-                    constant int2& input [[buffer(9)]],     // M, input_stride
-                    constant int2& options [[buffer(10)]],  // has_bias, parts
-                    uint3 group [[threadgroup_position_in_grid]],
-                    uint thread_index [[thread_index_in_threadgroup]],
-                    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMM_THREADS)]] void dequant_matmul_tile(
+    device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
+    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
+    device const T* x [[buffer(3)]], device const T* bias [[buffer(4)]],
+    device O* out [[buffer(5)]],
+    constant int2& shape [[buffer(6)]],     // rows N, in_features K
+    constant int2& layout [[buffer(7)]],    // codes_stride, group_shift
+    constant int2& strides [[buffer(8)]],   // scale_stride, zero_stride
+    constant int2& input [[buffer(9)]],     // M, input_stride
+    constant int2& options [[buffer(10)]],  // has_bias, parts
+    uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   threadgroup float memory[(BM + TILE) * LINE];
   const int2 part = depth_part(shape.y, int(group.z), options.y);
   device O* target = out + ulong(group.z) * ulong(input.x) * ulong(shape.x);

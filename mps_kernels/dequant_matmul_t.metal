@@ -9,20 +9,16 @@ constant constexpr int COLUMN_SPAN = SIMD * PIECE;  // columns of a threadgroup
 // simdgroups take every 8th row each, so that a row's codes are read as one run, and are added up
 // through threadgroup memory. O is float and `out` [parts, M, K] when rows are split over parts.
 template <typename T, typename O, typename S, int BITS, int SCHEME, bool ALIGNED, int M>
-[[kernel, max_total_threads_per_threadgroup(COLUMN_SIMDGROUPS * SIMD)]] void
-dequant_matmul_t_small(device const uchar* codes [[buffer(0)]],
-                       device const S* scale [[buffer(1)]],
-                       device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
-                       device const T* x [[buffer(3)]],
-                       device O* out [[buffer(4)]],
-                       constant int2& shape [[buffer(5)]],    // rows N, in_features K
-                       constant int2& layout [[buffer(6)]],   // codes_stride, group_shift
-                       constant int2& strides [[buffer(7)]],  // scale_stride, zero_stride
-                       constant int2& options [[buffer(8)]],  // input_stride, parts
-                       uint2 group [[threadgroup_position_in_grid]],
-                       uint thread_index [[thread_index_in_threadgroup]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]],
-                       uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(COLUMN_SIMDGROUPS* SIMD)]] void dequant_matmul_t_small(
+    device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
+    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
+    device const T* x [[buffer(3)]], device O* out [[buffer(4)]],
+    constant int2& shape [[buffer(5)]],    // rows N, in_features K
+    constant int2& layout [[buffer(6)]],   // codes_stride, group_shift
+    constant int2& strides [[buffer(7)]],  // scale_stride, zero_stride
+    constant int2& options [[buffer(8)]],  // input_stride, parts
+    uint2 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float memory[COLUMN_SIMDGROUPS * COLUMN_SPAN];
   const int rows = shape.x, columns = shape.y;
   const int k = int(group.x) * COLUMN_SPAN + int(lane) * PIECE;
@@ -68,24 +64,21 @@ dequant_matmul_t_small(device const uchar* codes [[buffer(0)]],
 
 // M > 8: tiles (gemm.h).
 template <typename T, typename O, typename S, int BITS, int SCHEME, bool ALIGNED, int BM>
-[[kernel, max_total_threads_per_threadgroup(GEMM_THREADS)]] void
-dequant_matmul_t_tile(device const uchar* codes [[buffer(0)]],
-                      device const S* scale [[buffer(1)]],
-                      device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
-                      device const T* x [[buffer(3)]],
-                      device O* out [[buffer(4)]],
-                      constant int2& shape [[buffer(5)]],    // rows N, in_features K
-                      constant int2& layout [[buffer(6)]],   // codes_stride, group_shift
-                      constant int2& strides [[buffer(7)]],  // scale_stride, zero_stride
-                      constant int2& input [[buffer(8)]],    // M, input_stride
-                      constant int2& options [[buffer(9)]],  // parts, unused
-                      uint3 group [[threadgroup_position_in_grid]],
-                      uint thread_index [[thread_index_in_threadgroup]],
-                      uint simdgroup [[simdgroup_index_in_threadgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(GEMM_THREADS)]] void dequant_matmul_t_tile(
+    device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
+    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
+    device const T* x [[buffer(3)]], device O* out [[buffer(4)]],
+    constant int2& shape [[buffer(5)]],    // rows N, in_features K
+    constant int2& layout [[buffer(6)]],   // codes_stride, group_shift
+    constant int2& strides [[buffer(7)]],  // scale_stride, zero_stride
+    constant int2& input [[buffer(8)]],    // M, input_stride
+    constant int2& options [[buffer(9)]],  // parts, unused
+    uint3 group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   threadgroup float memory[(BM + TILE) * LINE];
   const int2 part = depth_part(shape.x, int(group.z), options.x);
   device O* target = out + ulong(group.z) * ulong(input.x) * ulong(shape.y);
-  gemm_tile<T, O, S, BITS, SCHEME, ALIGNED, BM, true>(
-      codes, scale, zero, x, x, target, shape, layout, strides, input, false, part.x, part.y,
-      group.xy, thread_index, simdgroup, memory);
+  gemm_tile<T, O, S, BITS, SCHEME, ALIGNED, BM, true>(codes, scale, zero, x, x, target, shape,
+                                                      layout, strides, input, false, part.x, part.y,
+                                                      group.xy, thread_index, simdgroup, memory);
 }

@@ -24,17 +24,15 @@ inline LongSum add(LongSum sum, float value) {
 }
 
 template <typename S, int BITS, int SCHEME, bool ALIGNED, int REDUCTION>
-[[kernel, max_total_threads_per_threadgroup(REDUCE_SIMDGROUPS * SIMD)]] void
-dequant_reduce(device const uchar* codes [[buffer(0)]],
-               device const S* scale [[buffer(1)]],
-               device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
-               device float* out [[buffer(3)]],
-               constant int2& shape [[buffer(4)]],    // rows, in_features
-               constant int2& layout [[buffer(5)]],   // codes_stride, group_shift
-               constant int2& strides [[buffer(6)]],  // scale_stride, zero_stride
-               uint group [[threadgroup_position_in_grid]],
-               uint simdgroup [[simdgroup_index_in_threadgroup]],
-               uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(REDUCE_SIMDGROUPS* SIMD)]] void dequant_reduce(
+    device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
+    device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
+    device float* out [[buffer(3)]],
+    constant int2& shape [[buffer(4)]],    // rows, in_features
+    constant int2& layout [[buffer(5)]],   // codes_stride, group_shift
+    constant int2& strides [[buffer(6)]],  // scale_stride, zero_stride
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   const int row = int(group) * REDUCE_SIMDGROUPS + int(simdgroup);
   if (row >= shape.x) return;  // a whole simdgroup
   const int columns = shape.y;

@@ -5,8 +5,7 @@
 #include "store.h"
 
 template <typename T, typename S, int BITS, int SCHEME, bool ALIGNED>
-kernel void dequantize(device const uchar* codes [[buffer(0)]],
-                       device const S* scale [[buffer(1)]],
+kernel void dequantize(device const uchar* codes [[buffer(0)]], device const S* scale [[buffer(1)]],
                        device const typename ZeroType<SCHEME, S>::type* zero [[buffer(2)]],
                        device T* out [[buffer(3)]],
                        constant int2& shape [[buffer(4)]],    // rows, in_features
@@ -17,9 +16,8 @@ kernel void dequantize(device const uchar* codes [[buffer(0)]],
   const ulong row = position.y;
   if (k >= shape.y) return;
   float weights[PIECE];
-  dequantize_piece<S, BITS, SCHEME, ALIGNED>(codes + row * ulong(layout.x),
-                                             scale + row * ulong(strides.x),
-                                             zero + row * ulong(strides.y), k, shape.y, layout.y,
-                                             weights);
+  dequantize_piece<S, BITS, SCHEME, ALIGNED>(
+      codes + row * ulong(layout.x), scale + row * ulong(strides.x), zero + row * ulong(strides.y),
+      k, shape.y, layout.y, weights);
   store_piece(out + row * ulong(shape.y), k, shape.y, weights);
 }

@@ -42,8 +42,8 @@ inline int group_of(int k, int shift) {
   return k >> shift;
 }
 
-// 16 codes as BITS ushorts. `left` is how many bytes the row has from p on; bytes past it read as 0.
-// ALIGNED promises that p is a multiple of 2 * BITS bytes.
+// 16 codes as BITS ushorts. `left` is how many bytes the row has from p on; bytes past it read as
+// 0. ALIGNED promises that p is a multiple of 2 * BITS bytes.
 template <int BITS, bool ALIGNED>
 struct LoadBlock {
   static inline void load(device const uchar* p, int left, thread ushort* words) {

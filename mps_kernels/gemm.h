@@ -10,19 +10,19 @@
 #include "format.h"
 
 constant constexpr int GEMM_THREADS = 128;
-constant constexpr int TILE = 32;         // outputs across, and depth of a slice
-constant constexpr int LINE = TILE + 4;   // rows padded by 16 bytes against bank conflicts
+constant constexpr int TILE = 32;        // outputs across, and depth of a slice
+constant constexpr int LINE = TILE + 4;  // rows padded by 16 bytes against bank conflicts
 
 // How 4 simdgroups share BM x 32 outputs: 2 x 2 from 32 rows on, else side by side.
 template <int BM>
 struct Tiling {
-  static constant constexpr int ROWS = BM >= 32 ? 2 : 1;      // simdgroups along M
-  static constant constexpr int FM = BM / 8 / ROWS;           // 8x8 fragments of a simdgroup
+  static constant constexpr int ROWS = BM >= 32 ? 2 : 1;  // simdgroups along M
+  static constant constexpr int FM = BM / 8 / ROWS;       // 8x8 fragments of a simdgroup
   static constant constexpr int FN = TILE / 8 / (4 / ROWS);
 };
 
-// TRANSPOSED false: out[m, n] = sum_k x[m, k] * w[n, k];  true: out[m, k] = sum_n x[m, n] * w[n, k].
-// `depth_begin`..`depth_end` is the part of the sum that this threadgroup takes (split-K).
+// TRANSPOSED false: out[m, n] = sum_k x[m, k] * w[n, k];  true: out[m, k] = sum_n x[m, n] * w[n,
+// k]. `depth_begin`..`depth_end` is the part of the sum that this threadgroup takes (split-K).
 template <typename T, typename O, typename S, int BITS, int SCHEME, bool ALIGNED, int BM,
           bool TRANSPOSED>
 inline void gemm_tile(device const uchar* codes, device const S* scale,
@@ -44,7 +44,8 @@ inline void gemm_tile(device const uchar* codes, device const S* scale,
   UNROLL
   for (int i = 0; i < Tiles::FM; i++) {
     UNROLL
-    for (int j = 0; j < Tiles::FN; j++) sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    for (int j = 0; j < Tiles::FN; j++)
+      sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
 
   for (int d0 = depth_begin; d0 < depth_end; d0 += TILE) {

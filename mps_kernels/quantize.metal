@@ -1,4 +1,5 @@
-// floats -> codes, scales and zero points or offsets, by the rules of mergekit_torch/ops/quantize.py
+// floats -> codes, scales and zero points or offsets, by the rules of
+// mergekit_torch/ops/quantize.py
 // (`reference`), with the same rounding at every step.
 // Floor: the weight read once and the codes written once over the memory bandwidth. A simdgroup
 // takes a row, 512 elements at a time; a lane has 16 of them and shares its group with group_size /
@@ -135,18 +136,15 @@ inline void store_codes(device uchar* out, Group g, thread const float* values, 
 }
 
 template <typename T, typename S, int BITS, int SCHEME>
-[[kernel, max_total_threads_per_threadgroup(QUANTIZE_SIMDGROUPS * SIMD)]] void
-quantize(device const T* weight [[buffer(0)]],
-         device uchar* codes [[buffer(1)]],
-         device S* scale [[buffer(2)]],
-         device typename ZeroType<SCHEME, S>::type* zero [[buffer(3)]],
-         device uchar* status [[buffer(4)]],
-         constant int2& shape [[buffer(5)]],    // rows, in_features
-         constant int2& layout [[buffer(6)]],   // weight_stride, group_size; 0: one group a row
-         constant int2& options [[buffer(7)]],  // groups a row, unused
-         uint group [[threadgroup_position_in_grid]],
-         uint simdgroup [[simdgroup_index_in_threadgroup]],
-         uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(QUANTIZE_SIMDGROUPS* SIMD)]] void quantize(
+    device const T* weight [[buffer(0)]], device uchar* codes [[buffer(1)]],
+    device S* scale [[buffer(2)]], device typename ZeroType<SCHEME, S>::type* zero [[buffer(3)]],
+    device uchar* status [[buffer(4)]],
+    constant int2& shape [[buffer(5)]],    // rows, in_features
+    constant int2& layout [[buffer(6)]],   // weight_stride, group_size; 0: one group a row
+    constant int2& options [[buffer(7)]],  // groups a row, unused
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   const int row = int(group) * QUANTIZE_SIMDGROUPS + int(simdgroup);
   if (row >= shape.x) return;  // a whole simdgroup
   const int columns = shape.y;

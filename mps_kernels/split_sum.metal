@@ -2,8 +2,7 @@
 #include "format.h"
 
 template <typename T>
-kernel void split_sum(device const float* partial [[buffer(0)]],
-                      device const T* bias [[buffer(1)]],
+kernel void split_sum(device const float* partial [[buffer(0)]], device const T* bias [[buffer(1)]],
                       device T* out [[buffer(2)]],
                       constant int2& shape [[buffer(3)]],    // M, outputs
                       constant int2& options [[buffer(4)]],  // parts, has_bias

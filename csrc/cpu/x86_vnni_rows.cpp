@@ -23,31 +23,33 @@ namespace {
 #include "cpu/convert.inc"
 #include "cpu/x86_vnni_split.inc"
 
+// Register arrays live in registers only where every loop over them is unrolled.
+#define MKRS_UNROLL _Pragma("GCC unroll 8")
+
 // Prefetching into L2, not L1, keeps enough lines in flight for the full bandwidth: 33 GB/s on two
 // Zen 4 cores against 26 into L1 and 19 without. Reaching past a row's end finds the next rows.
 constexpr int64_t kPrefetchBytes = 6144;
 
 // Prepared input row. For every 64 bytes of codes: limbs [limb][part][64] where part p of byte j is
-// the activation of that byte's p-th code; then the centring terms of each lane, int32 [16]: of the
-// leading limb, and of the others together (with one limb, only the latter). After the vectors: the
-// scale of every span, then the sum of every group, padded to 16 with zeros.
+// the activation of that byte's p-th code; then the centring terms of each lane, int32 [16], of the
+// leading limb (with more than one) and of the others together; then each lane's scale, float [16].
+// After the vectors: the sum of every group, padded to 16 with zeros.
 struct Layout {
-  int64_t vectors, vector_bytes, spans, scales_at, sums_at, bytes;
+  int64_t vectors, vector_bytes, spans, sums_at, bytes;
 
   Layout(const QuantizedWeight& w, int limbs, int64_t span) {
     const int64_t parts = 8 / w.bits;
     vectors = (w.in_features + 64 * parts - 1) / (64 * parts);
-    vector_bytes = 64 * (limbs * parts + 2);
+    vector_bytes = 64 * (limbs * parts + (limbs > 1 ? 3 : 2));
     spans = (w.in_features + span - 1) / span;
-    scales_at = vectors * vector_bytes;
-    sums_at = scales_at + (spans + 15) / 16 * 64;
+    sums_at = vectors * vector_bytes;
     bytes = sums_at + (w.groups + 15) / 16 * 64;
   }
 };
 
-// One vector's worth of limbs in code order to [limb][part][64] and the centring terms.
-inline void store_vector(const int8_t (*linear)[256], int limbs, const QuantizedWeight& w,
-                         char* out) {
+// One vector's worth of limbs in code order to [limb][part][64], centring terms and scales.
+inline void store_vector(const int8_t (*linear)[256], const float* lane_scale, int limbs,
+                         const QuantizedWeight& w, char* out) {
   const int parts = 8 / w.bits;
   const __m512i center = _mm512_set1_epi32(-center_of(w));
   __m512i leading = _mm512_setzero_si512();
@@ -78,8 +80,12 @@ inline void store_vector(const int8_t (*linear)[256], int limbs, const Quantized
     }
   }
   char* terms = out + 64 * limbs * parts;
-  _mm512_store_si512(terms, _mm512_mullo_epi32(leading, center));
-  _mm512_store_si512(terms + 64, _mm512_mullo_epi32(others, center));
+  if (limbs > 1) {
+    _mm512_store_si512(terms, _mm512_mullo_epi32(leading, center));
+    terms += 64;
+  }
+  _mm512_store_si512(terms, _mm512_mullo_epi32(others, center));
+  _mm512_store_si512(terms + 64, _mm512_loadu_si512(lane_scale));
 }
 
 template <int BITS>
@@ -99,43 +105,78 @@ inline void unpack(__m512i packed, __m512i (&codes)[8 / BITS]) {
   }
 }
 
-// Centred dot products of a vector of codes with one prepared vector, per lane, as floats.
-template <int BITS, int LIMBS>
-inline __m512 dot(const __m512i (&codes)[8 / BITS], const char* x) {
-  constexpr int kParts = 8 / BITS;
-  const char* terms = x + 64 * LIMBS * kParts;
-  __m512i low = _mm512_load_si512(terms + 64);
-  for (int p = 0; p < kParts; ++p) {
-    low =
-        _mm512_dpbusd_epi32(low, codes[p], _mm512_load_si512(x + 64 * ((LIMBS - 1) * kParts + p)));
-  }
-  if constexpr (LIMBS == 1) return _mm512_cvtepi32_ps(low);
-  __m512i high = _mm512_load_si512(terms);
-  for (int p = 0; p < kParts; ++p) {
-    high = _mm512_dpbusd_epi32(high, codes[p], _mm512_load_si512(x + 64 * p));
-  }
-  if constexpr (LIMBS == 2) {
-    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-  }
-  // At 8 bits three limbs need more than an int32; elsewhere shifting is the cheaper way.
-  __m512i middle = BITS == 8 ? _mm512_setzero_si512() : _mm512_slli_epi32(high, 8);
-  for (int p = 0; p < kParts; ++p) {
-    middle = _mm512_dpbusd_epi32(middle, codes[p], _mm512_load_si512(x + 64 * (kParts + p)));
-  }
-  const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(middle, 8), low));
-  if constexpr (BITS != 8) return sum;
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536.0f), sum);
+// A value that several instructions use: GCC would rather load it again for each.
+template <typename T>
+inline T in_register(T value) {
+  asm("" : "+v"(value));
+  return value;
 }
 
-// One vector of packed codes times M input vectors; `index` says which of 16 scales a lane has.
-template <int BITS, int LIMBS, int M>
-inline void accumulate(__m512i packed, const char* x, int64_t unit_bytes, __m512i index,
-                       const __m512 (&scale)[M], __m512 (&acc)[M]) {
-  __m512i codes[8 / BITS];
-  unpack<BITS>(packed, codes);
-  for (int m = 0; m < M; ++m) {
-    acc[m] = _mm512_fmadd_ps(dot<BITS, LIMBS>(codes, x + m * unit_bytes),
-                             _mm512_permutexvar_ps(index, scale[m]), acc[m]);
+// Centred dot products of R rows' codes with one prepared vector, per lane, as floats.
+template <int BITS, int LIMBS, int R>
+inline void dot(const __m512i (&codes)[R][8 / BITS], const char* x, __m512 (&sum)[R]) {
+  constexpr int kParts = 8 / BITS;
+  const __m512i low_start =
+      in_register(_mm512_load_si512(x + 64 * (LIMBS * kParts + (LIMBS > 1 ? 1 : 0))));
+  __m512i low[R], high[R], middle[R];
+  MKRS_UNROLL for (int r = 0; r < R; ++r) low[r] = low_start;
+  MKRS_UNROLL for (int p = 0; p < kParts; ++p) {
+    const __m512i limb = in_register(_mm512_load_si512(x + 64 * ((LIMBS - 1) * kParts + p)));
+    MKRS_UNROLL for (int r = 0; r < R; ++r) {
+      low[r] = _mm512_dpbusd_epi32(low[r], codes[r][p], limb);
+    }
+  }
+  if constexpr (LIMBS > 1) {
+    const __m512i high_start = in_register(_mm512_load_si512(x + 64 * LIMBS * kParts));
+    MKRS_UNROLL for (int r = 0; r < R; ++r) high[r] = high_start;
+    MKRS_UNROLL for (int p = 0; p < kParts; ++p) {
+      const __m512i limb = in_register(_mm512_load_si512(x + 64 * p));
+      MKRS_UNROLL for (int r = 0; r < R; ++r) {
+        high[r] = _mm512_dpbusd_epi32(high[r], codes[r][p], limb);
+      }
+    }
+  }
+  if constexpr (LIMBS > 2) {
+    // At 8 bits three limbs need more than an int32; elsewhere shifting is the cheaper way.
+    MKRS_UNROLL for (int r = 0; r < R; ++r) {
+      middle[r] = BITS == 8 ? _mm512_setzero_si512() : _mm512_slli_epi32(high[r], 8);
+    }
+    MKRS_UNROLL for (int p = 0; p < kParts; ++p) {
+      const __m512i limb = in_register(_mm512_load_si512(x + 64 * (kParts + p)));
+      MKRS_UNROLL for (int r = 0; r < R; ++r) {
+        middle[r] = _mm512_dpbusd_epi32(middle[r], codes[r][p], limb);
+      }
+    }
+  }
+  MKRS_UNROLL for (int r = 0; r < R; ++r) {
+    if constexpr (LIMBS == 1) {
+      sum[r] = _mm512_cvtepi32_ps(low[r]);
+    } else if constexpr (LIMBS == 2) {
+      sum[r] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]));
+    } else {
+      sum[r] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(middle[r], 8), low[r]));
+      if constexpr (BITS == 8) {
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(65536.0f), sum[r]);
+      }
+    }
+  }
+}
+
+// One vector of R rows' packed codes times M input vectors; `scale` is each lane's weight scale.
+template <int BITS, int LIMBS, int M, int R>
+inline void accumulate(const __m512i (&packed)[R], const char* x, int64_t unit_bytes,
+                       const __m512 (&scale)[R], __m512 (&acc)[R][M]) {
+  constexpr int64_t kLaneScales = 64 * (LIMBS * 8 / BITS + (LIMBS > 1 ? 2 : 1));
+  __m512i codes[R][8 / BITS];
+  MKRS_UNROLL for (int r = 0; r < R; ++r) unpack<BITS>(packed[r], codes[r]);
+  MKRS_UNROLL for (int m = 0; m < M; ++m) {
+    const char* input = x + m * unit_bytes;
+    __m512 sum[R];
+    dot<BITS, LIMBS, R>(codes, input, sum);
+    const __m512 input_scale = in_register(_mm512_load_ps(input + kLaneScales));
+    MKRS_UNROLL for (int r = 0; r < R; ++r) {
+      acc[r][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum[r], input_scale), scale[r], acc[r][m]);
+    }
   }
 }
 
@@ -171,52 +212,41 @@ inline void rows_block(const Call& c, int64_t n) {
 
   const uint8_t* codes[R];
   __m512 acc[R][M];
-  for (int r = 0; r < R; ++r) {
+  MKRS_UNROLL for (int r = 0; r < R; ++r) {
     codes[r] = w.codes + (n + r) * w.codes_stride;
-    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
+    MKRS_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
   }
 
   int64_t v = 0;
   for (int64_t s = 0; s < c.layout.spans; s += 16) {
-    __m512 scale[R][M];
-    for (int r = 0; r < R; ++r) {
-      __m512 sv;
+    __m512 scale[R];
+    MKRS_UNROLL for (int r = 0; r < R; ++r) {
       if (one_group) {
-        sv = _mm512_set1_ps(load_float(w.scale, (n + r) * w.scale_stride, w.scale_type));
+        scale[r] = _mm512_set1_ps(load_float(w.scale, (n + r) * w.scale_stride, w.scale_type));
       } else {
         const int64_t g = s >> dup;
         const int64_t count = std::min<int64_t>(w.groups - g, 16 >> dup);
-        sv = load_scales(w, n + r, g, first_lanes(count));
-        if (dup != 0) sv = _mm512_permutexvar_ps(dup_index, sv);
-      }
-      for (int m = 0; m < M; ++m) {
-        const char* x = c.input + m * c.unit_bytes + c.layout.scales_at + 4 * s;
-        scale[r][m] = _mm512_mul_ps(sv, _mm512_load_ps(x));
+        scale[r] = load_scales(w, n + r, g, first_lanes(count));
+        if (dup != 0) scale[r] = _mm512_permutexvar_ps(dup_index, scale[r]);
       }
     }
-    const int64_t here = std::min(block_vectors, full_vectors - v);
-    const char* x = c.input + v * c.layout.vector_bytes;
-    int64_t j = 0;
-    for (; j < here; ++j) {
+    const int64_t here = std::min(block_vectors, c.layout.vectors - v);
+    for (int64_t j = 0; j < here; ++j) {
       const __m512i index = _mm512_srl_epi32(
           _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(16 * j))), lane_count);
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* p = codes[r] + 64 * (v + j);
-        _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T1);
-        accumulate<BITS, LIMBS, M>(_mm512_loadu_si512(p), x + j * c.layout.vector_bytes,
-                                   c.unit_bytes, index, scale[r], acc[r]);
+      const int64_t at = 64 * (v + j);
+      __m512i packed[R];
+      __m512 lane_scale[R];
+      // At the row's end, bytes past it belong to others and are not read.
+      const bool whole = v + j < full_vectors;
+      const __mmask64 mask = whole ? ~uint64_t{0} : (uint64_t{1} << (row_bytes - at)) - 1;
+      MKRS_UNROLL for (int r = 0; r < R; ++r) {
+        packed[r] = _mm512_maskz_loadu_epi8(mask, codes[r] + at);
+        lane_scale[r] = _mm512_permutexvar_ps(index, scale[r]);
+        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + at + kPrefetchBytes), _MM_HINT_T1);
       }
-    }
-    if (j < block_vectors && v + j < c.layout.vectors) {
-      // The row's end: bytes past it belong to others and are not read.
-      const __mmask64 mask = (uint64_t{1} << (row_bytes - 64 * full_vectors)) - 1;
-      const __m512i index = _mm512_srl_epi32(
-          _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(16 * j))), lane_count);
-      for (int r = 0; r < R; ++r) {
-        accumulate<BITS, LIMBS, M>(_mm512_maskz_loadu_epi8(mask, codes[r] + 64 * (v + j)),
-                                   x + j * c.layout.vector_bytes, c.unit_bytes, index, scale[r],
-                                   acc[r]);
-      }
+      accumulate<BITS, LIMBS, M, R>(packed, c.input + (v + j) * c.layout.vector_bytes, c.unit_bytes,
+                                    lane_scale, acc);
     }
     v += block_vectors;
   }
@@ -224,17 +254,17 @@ inline void rows_block(const Call& c, int64_t n) {
   if (w.scheme != Scheme::Symmetric) {
     for (int64_t g = 0; g < w.groups; g += 16) {
       const __mmask16 mask = first_lanes(w.groups - g);
-      for (int r = 0; r < R; ++r) {
+      MKRS_UNROLL for (int r = 0; r < R; ++r) {
         const __m512 shift = load_shifts(w, n + r, g, mask, load_scales(w, n + r, g, mask));
-        for (int m = 0; m < M; ++m) {
+        MKRS_UNROLL for (int m = 0; m < M; ++m) {
           const char* sums = c.input + m * c.unit_bytes + c.layout.sums_at + 4 * g;
           acc[r][m] = _mm512_fmadd_ps(shift, _mm512_load_ps(sums), acc[r][m]);
         }
       }
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < R; ++r) {
+  MKRS_UNROLL for (int m = 0; m < M; ++m) {
+    MKRS_UNROLL for (int r = 0; r < R; ++r) {
       float value = _mm512_reduce_add_ps(acc[r][m]);
       if (c.bias != nullptr) value += load_float(c.bias, n + r, c.out.type);
       store_float(c.out.data, (c.m0 + m) * c.out.stride + n + r, c.out.type, value);
@@ -254,15 +284,28 @@ void rows_range(const Call& c, int64_t begin, int64_t end) {
 
 using Range = void (*)(const Call&, int64_t, int64_t);
 
+// Input rows of one pass: as many accumulators as registers hold.
+constexpr int64_t pass_inputs(int limbs) {
+  return limbs == 1 ? 8 : 4;
+}
+
 template <int BITS, int LIMBS>
-constexpr Range kByInputs[4] = {rows_range<BITS, LIMBS, 1>, rows_range<BITS, LIMBS, 2>,
-                                rows_range<BITS, LIMBS, 3>, rows_range<BITS, LIMBS, 4>};
+Range by_inputs(int64_t m) {
+  constexpr Range few[] = {rows_range<BITS, LIMBS, 1>, rows_range<BITS, LIMBS, 2>,
+                           rows_range<BITS, LIMBS, 3>, rows_range<BITS, LIMBS, 4>};
+  if constexpr (LIMBS == 1) {
+    constexpr Range more[] = {rows_range<BITS, LIMBS, 5>, rows_range<BITS, LIMBS, 6>,
+                              rows_range<BITS, LIMBS, 7>, rows_range<BITS, LIMBS, 8>};
+    if (m > 4) return more[m - 5];
+  }
+  return few[m - 1];
+}
 
 template <int BITS>
 Range by_limbs(int limbs, int64_t m) {
-  return limbs == 1   ? kByInputs<BITS, 1>[m - 1]
-         : limbs == 2 ? kByInputs<BITS, 2>[m - 1]
-                      : kByInputs<BITS, 3>[m - 1];
+  return limbs == 1   ? by_inputs<BITS, 1>(m)
+         : limbs == 2 ? by_inputs<BITS, 2>(m)
+                      : by_inputs<BITS, 3>(m);
 }
 
 }  // namespace
@@ -276,12 +319,13 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
   const Layout layout(w, plan.limbs, plan.span);
   const int64_t vector_codes = 64 * (8 / w.bits);
   const float top = top_value(plan.limbs);
+  const int64_t lane_codes = 32 / w.bits;
   alignas(64) int8_t linear[3][256];
+  alignas(64) float lane_scale[16];
   Span part;
   for (int64_t m = begin; m < end; ++m) {
     char* out = static_cast<char*>(scratch) + m * plan.unit_bytes;
-    std::memset(out + layout.scales_at, 0, static_cast<size_t>(layout.bytes - layout.scales_at));
-    float* scales = reinterpret_cast<float*>(out + layout.scales_at);
+    std::memset(out + layout.sums_at, 0, static_cast<size_t>(layout.bytes - layout.sums_at));
     float* sums = reinterpret_cast<float*>(out + layout.sums_at);
     double sum = 0.0;
     int64_t group = 0, group_end = w.group_size;
@@ -295,8 +339,10 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
         for (int l = 0; l < plan.limbs; ++l) {
           std::memcpy(linear[l] + i, part.limb[l], static_cast<size_t>(plan.span));
         }
+        for (int64_t lane = 0; lane < plan.span / lane_codes; ++lane) {
+          lane_scale[i / lane_codes + lane] = part.scale;
+        }
         if (n <= 0) continue;
-        scales[k / plan.span] = part.scale;
         sum += static_cast<double>(part.scale) * part.sum;
         if (k + n >= group_end || k + n == w.in_features) {
           sums[group++] = static_cast<float>(sum);
@@ -304,7 +350,7 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
           group_end += w.group_size;
         }
       }
-      store_vector(linear, plan.limbs, w, out + v * layout.vector_bytes);
+      store_vector(linear, lane_scale, plan.limbs, w, out + v * layout.vector_bytes);
     }
   }
   return true;
@@ -314,7 +360,8 @@ void rows_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix&
                  const void* scratch, const void* bias, int64_t begin, int64_t end,
                  const Output& out) {
   const Layout layout(w, plan.limbs, plan.span);
-  for (int64_t m = 0; m < x.rows; m += 4) {
+  const int64_t step = pass_inputs(plan.limbs);
+  for (int64_t m = 0; m < x.rows; m += step) {
     const Call call{w,
                     layout,
                     plan.span,
@@ -323,7 +370,7 @@ void rows_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix&
                     bias,
                     out,
                     m};
-    const int64_t inputs = std::min<int64_t>(4, x.rows - m);
+    const int64_t inputs = std::min(step, x.rows - m);
     const Range range = w.bits == 8   ? by_limbs<8>(plan.limbs, inputs)
                         : w.bits == 4 ? by_limbs<4>(plan.limbs, inputs)
                                       : by_limbs<2>(plan.limbs, inputs);

@@ -74,7 +74,8 @@ constexpr int64_t kPanel =
     16;  // input rows of a panel; a last panel of up to 8 rows is half as wide
 
 // A panel, span by span: for every 4 activations (a quad) the limbs [limb][lane][4]; then the
-// centring terms [limb][lane] int32, the scales [lane] and the sums [lane] of the span.
+// centring terms [limb][lane] int32, the scales [lane] of the span and the sums [lane] of its group
+// so far.
 inline int64_t span_bytes(int limbs, int64_t span, int64_t lanes) {
   return lanes * (limbs * (span + 4) + 8);
 }
@@ -83,7 +84,8 @@ inline int64_t panel_lanes(int64_t rows_left) {
   return rows_left <= 8 ? 8 : kPanel;
 }
 
-void prepare_span(const Span* rows, int limbs, int center, int64_t span, int64_t lanes, char* out) {
+void prepare_span(const Span* rows, int limbs, int center, int64_t span, int64_t lanes,
+                  double* group_sums, bool ends_group, char* out) {
   const int64_t quads = span / 4;
   for (int64_t lane = 0; lane < lanes; ++lane) {
     for (int l = 0; l < limbs; ++l) {
@@ -103,7 +105,9 @@ void prepare_span(const Span* rows, int limbs, int center, int64_t span, int64_t
       centre[l * lanes + lane] = -center * _mm512_reduce_add_epi32(sum);
     }
     scales[lane] = rows[lane].scale;
-    sums[lane] = rows[lane].scale * static_cast<float>(rows[lane].sum);
+    group_sums[lane] += static_cast<double>(rows[lane].scale) * rows[lane].sum;
+    sums[lane] = static_cast<float>(group_sums[lane]);
+    if (ends_group) group_sums[lane] = 0.0;
   }
 }
 
@@ -152,6 +156,13 @@ struct Tile {
   int64_t spans = 0;         // row stride of scale and shift, a multiple of 16
   float* scale = nullptr;    // [max_rows][spans]
   float* shift = nullptr;    // [max_rows][spans]
+  int64_t first_span = 0, row_spans = 0, group_spans = 0;  // group_spans: a power of two
+
+  // Whether the tile's span s is the last of its group; a group's shift is added there.
+  bool ends_group(int64_t s) const {
+    const int64_t next = first_span + s + 1;
+    return next == row_spans || (next & (group_spans - 1)) == 0;
+  }
 };
 
 void load_tile(const QuantizedWeight& w, int64_t span, int64_t n, int64_t k, Tile& tile) {
@@ -164,10 +175,17 @@ void load_tile(const QuantizedWeight& w, int64_t span, int64_t n, int64_t k, Til
   const int64_t bytes = code_bytes(tile.depth, w.bits);
   const int64_t first = k >> span_shift;
   const int64_t last = (k + tile.depth - 1) >> span_shift;
+  tile.first_span = first;
+  tile.row_spans = ((w.in_features - 1) >> span_shift) + 1;
+  tile.group_spans = int64_t{1} << dup;
+  // What is read next: these rows' next codes, or at their end the next rows' first.
+  const bool row_done = k + tile.depth == w.in_features;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const uint8_t* source = w.codes + (n + r) * w.codes_stride + k * w.bits / 8;
-    for (int64_t b = 0; b < bytes; b += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(source + bytes + b), _MM_HINT_T1);
+    const uint8_t* next =
+        row_done ? w.codes + (n + r + tile.max_rows) * w.codes_stride : source + bytes;
+    for (int64_t b = 0; b < tile.stride * w.bits / 8; b += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + b), _MM_HINT_T1);
     }
     unpack_row(source, w.bits, tile.depth, tile.codes + r * tile.stride);
     for (int64_t s = first; s <= last; s += 16) {
@@ -222,13 +240,19 @@ inline void micro(const uint8_t* codes, int64_t stride, const float* scale, cons
       }
     }
   } while (++q < quads);
-#pragma GCC unroll 24
+  Real input_scale[PANELS], input_sum[PANELS];
+#pragma GCC unroll 2
   for (int p = 0; p < PANELS; ++p) {
     const float* scales = reinterpret_cast<const float*>(x[p] + tail + LIMBS * kStep);
-    const Real input_scale = V::load_real(scales);
-    const Real input_sum = V::load_real(scales + V::kLanes);
+    input_scale[p] = V::load_real(scales);
+    input_sum[p] = V::load_real(scales + V::kLanes);
+  }
 #pragma GCC unroll 24
-    for (int r = 0; r < ROWS; ++r) {
+  for (int r = 0; r < ROWS; ++r) {
+    const Real row_scale = V::broadcast_real(scale[r * spans]);
+    const Real row_shift = V::broadcast_real(SHIFTED ? shift[r * spans] : 0.0f);
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) {
       Real value;
       if constexpr (LIMBS == 1) {
         value = V::real(acc[r][p][0]);
@@ -239,9 +263,8 @@ inline void micro(const uint8_t* codes, int64_t stride, const float* scale, cons
                        V::real(V::shift8_add(acc[r][p][1], acc[r][p][2])));
       }
       float* sum = sums[p] + r * V::kLanes;
-      Real total = V::fma(value, V::mul(input_scale, V::broadcast_real(scale[r * spans])),
-                          V::load_real(sum));
-      if constexpr (SHIFTED) total = V::fma(V::broadcast_real(shift[r * spans]), input_sum, total);
+      Real total = V::fma(value, V::mul(input_scale[p], row_scale), V::load_real(sum));
+      if constexpr (SHIFTED) total = V::fma(row_shift, input_sum[p], total);
       V::store_real(sum, total);
     }
   }
@@ -258,9 +281,16 @@ void tile_panels(const Tile& tile, int64_t span, const char* x, int64_t panel_by
     for (int64_t s = 0; s * span < tile.depth; ++s) {
       const char* in[PANELS];
       for (int p = 0; p < PANELS; ++p) in[p] = x + p * panel_bytes + s * bytes;
-      micro<V, LIMBS, PANELS, ROWS, SHIFTED>(
-          tile.codes + r * tile.stride + s * span, tile.stride, tile.scale + r * tile.spans + s,
-          tile.shift + r * tile.spans + s, tile.spans, in, span / 4, out);
+      const uint8_t* codes = tile.codes + r * tile.stride + s * span;
+      const float* scale = tile.scale + r * tile.spans + s;
+      const float* shift = tile.shift + r * tile.spans + s;
+      if (SHIFTED && tile.ends_group(s)) {
+        micro<V, LIMBS, PANELS, ROWS, true>(codes, tile.stride, scale, shift, tile.spans, in,
+                                            span / 4, out);
+      } else {
+        micro<V, LIMBS, PANELS, ROWS, false>(codes, tile.stride, scale, shift, tile.spans, in,
+                                             span / 4, out);
+      }
     }
   }
 }
@@ -315,6 +345,7 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
     const int64_t m = panel * kPanel;
     const int64_t lanes = panel_lanes(x.rows - m);
     char* out = static_cast<char*>(scratch) + panel * plan.unit_bytes;
+    double sums[kPanel] = {};
     for (int64_t k = 0; k < w.in_features; k += plan.span) {
       const int64_t n = std::min(plan.span, w.in_features - k);
       for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -323,7 +354,8 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
         const void* source = element(x.data, row * x.stride + k, x.type);
         if (!split_span(source, x.type, n, plan.limbs, top, rows[lane])) return false;
       }
-      prepare_span(rows, plan.limbs, center_of(w), plan.span, lanes, out);
+      const bool ends_group = k + n == w.in_features || (k + n) % w.group_size == 0;
+      prepare_span(rows, plan.limbs, center_of(w), plan.span, lanes, sums, ends_group, out);
       out += span_bytes(plan.limbs, plan.span, lanes);
     }
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import threading
 import traceback
 from collections import OrderedDict, deque
@@ -93,7 +94,7 @@ class TensorCache:
         checkpoint: an open checkpoint; it stays the caller's to close.
         device: where tensors go.
         budget: most bytes, or like ``"512MiB"``.
-        threads: that read one tensor at once; prefetching takes one.
+        threads: that read one tensor at once.
         backend: as for :class:`Arena`.
 
     Raises:
@@ -226,8 +227,8 @@ class TensorCache:
         """
         total = _total(self._layout(name))
         # As csrc/memory/arena.cpp rounds.
-        page = 16384 if torch.backends.mps.is_available() else 4096
-        return -(-total // 64) * 64 if total < page else -(-total // page) * page
+        step = 64 if total < mmap.PAGESIZE else mmap.PAGESIZE
+        return max(64, -(-total // step) * step)
 
     def __contains__(self, name: object) -> bool:
         """Whether the tensor is loaded, or being loaded, now."""
@@ -420,7 +421,7 @@ class TensorCache:
                     continue
                 entry = self._entries[name] = _Entry(name, fresh=True)
             try:
-                self._load(entry, wait=False, threads=1)
+                self._load(entry, wait=False, threads=self._threads)
             except BaseException as error:  # only what is no Exception gets here
                 entry.error = error
                 return

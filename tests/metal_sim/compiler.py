@@ -1,9 +1,9 @@
 """Compiles Metal source for the host, with every result kept in a cache keyed by its content.
 
 The compiler is the clang inside the ``ziglang`` package, called in-process by ``zig clang``; the
-kernels include nothing of the system, so no sysroot is needed. Memory accesses are instrumented by
-clang's ThreadSanitizer pass, whose callbacks (``__tsan_read4`` and so on) the engine provides: it is
-told of each access and needs no sanitizer runtime.
+kernels include nothing of the system, so no sysroot is needed. Memory accesses are instrumented
+by clang's ThreadSanitizer pass, whose callbacks (``__tsan_read4`` and so on) the engine provides:
+it is told of each access and needs no sanitizer runtime.
 """
 
 from __future__ import annotations

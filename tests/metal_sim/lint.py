@@ -1,7 +1,7 @@
 """Rules of the Metal Shading Language that a C++ compiler lets slip.
 
-* Address spaces: the source is compiled in clang's OpenCL C++ mode, which keeps them apart, and every
-  pointer and reference must name one (Metal has no default).
+* Address spaces: the source is compiled in clang's OpenCL C++ mode, which keeps them apart, and
+  every pointer and reference must name one (Metal has no default).
 * Tokens Metal has not, or not in kernels: ``double``, ``new``, ``virtual``, exceptions, ...
 * No static local variables, no recursion, no pointers to functions.
 * C++14, the library functions of include/metal_stdlib only, and no overloads that differ by address
@@ -25,6 +25,7 @@ from .compiler import (
 )
 from .prepass import SCALARS, SPACES, VECTORS, Prepass, to_cpp
 
+IR_OUT = ("-S", "-emit-llvm", "-o", "-", "-")
 FORBIDDEN = {
     "double": "Metal has no double",
     "new": "Metal has no heap",
@@ -141,8 +142,7 @@ def recursion(source: str) -> list[str]:
     """Functions of one preprocessed source that can call themselves, from the compiler's IR."""
     flags = [f for f in COMMON if f not in ("-O2", "-g1")]
     ir = run(
-        [str(zig()), "clang", *flags, "-O0", *machine_flags(), f"-I{INCLUDE}"]
-        + ["-S", "-emit-llvm", "-o", "-", "-"],
+        [str(zig()), "clang", *flags, "-O0", *machine_flags(), f"-I{INCLUDE}", *IR_OUT],
         to_cpp(source),
     )
     calls: dict[str, set[str]] = {}
@@ -183,8 +183,9 @@ def check(source: str) -> list[str]:
 def instantiate(source: str, instances: list[str]) -> str:
     """A source with one instantiation line for each template-id, as the host writes them."""
     lines = [
-        f'template [[host_name("{re.sub(r"[^A-Za-z0-9]+", "_", i)}")]] [[kernel]] decltype({i}) {i};'
+        f'template [[host_name("{name}")]] [[kernel]] decltype({i}) {i};'
         for i in instances
+        for name in [re.sub(r"[^A-Za-z0-9]+", "_", i)]
     ]
     return source + "\n" + "\n".join(lines) + "\n"
 
@@ -195,7 +196,8 @@ def flatten(path: Path) -> str:
 
     script = path.parents[1] / "csrc" / "mps" / "embed_shaders.py"
     spec = importlib.util.spec_from_file_location("embed_shaders", script)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return str(module.flatten(path))

@@ -21,7 +21,8 @@ TOKEN = re.compile(
     r"|(?P<mark>::|->|<<=|>>=|\+\+|--|&&|\|\||<<|[-+*/%&|^<>=!]=|[^\s\w])",
     re.MULTILINE | re.DOTALL,
 )
-SCALARS = ["char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "bfloat", "float"]
+INTEGERS = ("char", "uchar", "short", "ushort", "int", "uint", "long", "ulong")
+SCALARS = (*INTEGERS, "half", "bfloat", "float")
 VECTORS = {f"{scalar}{n}" for scalar in SCALARS for n in (2, 3, 4)}
 SPACES = {
     "device": "__global",

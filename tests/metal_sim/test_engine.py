@@ -161,7 +161,8 @@ BUGS = {
     ),
     "vector read past the end": (
         "kernel void k(device float* a [[buffer(0)]], uint i [[thread_position_in_grid]]) "
-        "{ if (i == 0) { device float4* p = reinterpret_cast<device float4*>(a); a[0] = p[16].x; } }",
+        "{ if (i == 0) { device float4* p = reinterpret_cast<device float4*>(a); "
+        "a[0] = p[16].x; } }",
         "out of bounds: read of",
     ),
     "misaligned vector": (
@@ -325,7 +326,7 @@ kernel void k(device const float* a [[buffer(0)]], device float* out [[buffer(1)
     a = torch.empty(32, device="mps")
     a[:31] = 1.0
     out = torch.empty(32, device="mps")
-    with pytest.raises(RuntimeError, match="buffer 0 .* at byte 124, which nothing has written"):
+    with pytest.raises(RuntimeError, match=r"buffer 0 .* at byte 124, which nothing has written"):
         run(source, [a, out])
     a[31] = 2.0
     run(source, [a, out])

@@ -82,7 +82,8 @@ BROKEN = {
         "no matching function|changes address space|cannot",
     ),
     "write to constant": (
-        "kernel void k(device float* a [[buffer(0)]], constant float& c [[buffer(1)]]) { c = a[0]; }",
+        "kernel void k(device float* a [[buffer(0)]], constant float& c [[buffer(1)]]) "
+        "{ c = a[0]; }",
         "const",
     ),
     "double": (

@@ -75,7 +75,7 @@ def compile_all(compiler: str, version: str, folder: Path) -> list[Path]:
     csrc = ROOT / "csrc"
     sources = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp"), *csrc.glob("mps/*.cpp")]
     # Folders of other issues join as they come.
-    sources += [p for p in csrc.glob("memory/*.cpp")]
+    sources += list(csrc.glob("memory/*.cpp"))
     objects = []
     for source in [*sorted(sources), *sorted(csrc.glob("mps/*.mm")), shaders]:
         target = folder / f"{source.parent.name}_{source.stem}.o"

@@ -1,4 +1,4 @@
-"""A real model through the public API on simulated mps: SmolLM2-135M, all 30 layers, Q4_1 weights."""
+"""A real model on simulated mps: SmolLM2-135M, all 30 layers, Q4_1 weights."""
 
 from __future__ import annotations
 

@@ -31,9 +31,16 @@ except CompileError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FORMATS = list(itertools.product((8, 4, 2), ("symmetric", "asymmetric", "affine"), FLOATS))
+SCHEMES = ("symmetric", "asymmetric", "affine")
+# By default every bits x scheme with one scale type (all three occur); the rest is slow.
+FORMATS = [
+    pytest.param(bits, scheme, scale, marks=[] if (i + j + k) % 3 == 0 else pytest.mark.slow)
+    for (i, bits), (j, scheme), (k, scale) in itertools.product(
+        enumerate((8, 4, 2)), enumerate(SCHEMES), enumerate(FLOATS)
+    )
+]
 ORDERS = (0, 11, 12, 13)
-IDS = [f"{bits}-{scheme}-{str(scale)[6:]}" for bits, scheme, scale in FORMATS]
+IDS = ["-".join(str(v).replace("torch.", "") for v in p.values) for p in FORMATS]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +57,7 @@ def orders(request: pytest.FixtureRequest) -> tuple[int, ...]:
 
 
 def weight(rows: int, k: int, bits: int, scheme: str, scale: torch.dtype, aligned: bool) -> Weight:
-    """A weight whose rows start at whole blocks, or one that starts in the middle of a wider one."""
+    """A weight whose rows start at whole blocks, or one in the middle of a wider one."""
     if aligned:
         return random_weight(rows, k, bits, 32, scheme, scale, "mps")
     w = random_weight(rows + 3, k + 64, bits, 32, scheme, scale, "cpu")

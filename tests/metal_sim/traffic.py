@@ -1,9 +1,9 @@
 """Counts what kernels move and compute: the tables of docs/metal.md.
 
 ``python -m metal_sim.traffic`` (from tests/) prints them; ``--write`` puts them into docs/metal.md
-between the markers. Device memory is what misses a modelled cache of 512 KiB (engine.cpp), the floor
-is every byte of codes, scales, zero terms, activations, bias and output once. ALU operations are
-counted in LLVM's IR of the kernel after optimization, for one turn of its inner loop.
+between the markers. Device memory is what misses a modelled cache of 512 KiB (engine.cpp), the
+floor is every byte of codes, scales, zero terms, activations, bias and output once. ALU operations
+are counted in LLVM's IR of the kernel after optimization, for one turn of its inner loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from . import simulator
 from .compiler import COMMON, INCLUDE, ROOT, machine_flags, preprocess, run, zig
-from .lint import flatten, instantiate
+from .lint import IR_OUT, flatten, instantiate
 from .prepass import to_cpp
 
 BEGIN, END = "<!-- traffic: begin -->", "<!-- traffic: end -->"
@@ -103,8 +103,7 @@ def alu(bits: int) -> dict[str, float]:
     cpp = to_cpp(preprocess(source))
     flags = [f for f in COMMON if f != "-g1"]
     ir = run(
-        [str(zig()), "clang", *flags, *machine_flags()]
-        + [f"-I{INCLUDE}", "-S", "-emit-llvm", "-o", "-", "-"],
+        [str(zig()), "clang", *flags, *machine_flags(), f"-I{INCLUDE}", *IR_OUT],
         cpp,
     )
     totals: dict[str, float] = {}
@@ -131,8 +130,8 @@ def tables() -> str:
     """The Markdown between the markers."""
     torch.manual_seed(0)
     lines = [
-        f"`dequant_matmul`, {ROWS} x {COLUMNS}, group {GROUP}, affine, float16 scales and activations,"
-        " with bias; bytes of one call.",
+        f"`dequant_matmul`, {ROWS} x {COLUMNS}, group {GROUP}, affine, float16 scales and"
+        " activations, with bias; bytes of one call.",
         "",
         "| M | bits | kernel | floor | read and written | of the floor | each code read |",
         "|---|---|---|---|---|---|---|",
@@ -147,8 +146,8 @@ def tables() -> str:
         )
     lines += [
         "",
-        "ALU operations a weight in the decode kernel's loop over 16 codes of a row (affine); preparing"
-        " the 16 activations costs 16 additions and 16 multiplications more for 4 rows:",
+        "ALU operations a weight in the decode kernel's loop over 16 codes of a row (affine);"
+        " preparing the 16 activations costs 16 additions and 16 multiplications more for 4 rows:",
         "",
     ]
     counts = {bits: alu(bits) for bits in (8, 4, 2)}
