@@ -293,9 +293,11 @@ class Bench:
             )
             timing = time_graph(
                 [
-                    lambda s=s, bits=bits: torch.ops.mkrs.quantize(s, bits, 64, "affine")
+                    lambda s=s, bits=bits: torch.ops.mkrs.quantize(  # type: ignore[misc]
+                        s, bits, 64, "affine"
+                    )
                     for s in source
-                ]  # type: ignore[misc]
+                ]
             )
             self.add(
                 "quantize",
