@@ -146,7 +146,8 @@ inline void unpack_row(const uint8_t* codes, int bits, int64_t n, uint8_t* out) 
       _mm512_storeu_si512(out + i, spread4(packed));
     }
     if (i < n) {
-      const __mmask32 read = (1u << ((n - i + 1) / 2)) - 1u;
+      // Up to 32 bytes: shifted in 64 bits.
+      const __mmask32 read = static_cast<__mmask32>((uint64_t{1} << ((n - i + 1) / 2)) - 1);
       _mm512_storeu_si512(out + i, spread4(_mm256_maskz_loadu_epi8(read, codes + i / 2)));
     }
     return;
