@@ -275,8 +275,8 @@ inline void rows_block(const Call& c, int64_t n) {
 template <int BITS, int LIMBS, int M>
 void rows_range(const Call& c, int64_t begin, int64_t end) {
   // More weight rows share an activation's loads, which bind at 2 bits (12 limb vectors per 64
-  // bytes of codes); elsewhere more streams cost more than they save.
-  constexpr int kRows = BITS == 2 && M == 1 ? 4 : 2;
+  // bytes of codes) and with several input rows; else more streams cost more than they save.
+  constexpr int kRows = (BITS == 2 && M == 1) || (LIMBS == 1 && BITS != 2 && M > 2) ? 4 : 2;
   int64_t n = begin;
   for (; n + kRows <= end; n += kRows) rows_block<BITS, LIMBS, M, kRows>(c, n);
   for (; n < end; ++n) rows_block<BITS, LIMBS, M, 1>(c, n);
@@ -284,21 +284,14 @@ void rows_range(const Call& c, int64_t begin, int64_t end) {
 
 using Range = void (*)(const Call&, int64_t, int64_t);
 
-// Input rows of one pass: as many accumulators as registers hold.
-constexpr int64_t pass_inputs(int limbs) {
-  return limbs == 1 ? 8 : 4;
-}
+constexpr int64_t kPassInputs = 4;  // input rows of one pass: what accumulators have room for
+constexpr int64_t kPassRows = 64;   // weight rows whose codes stay in L2 from pass to pass
 
 template <int BITS, int LIMBS>
 Range by_inputs(int64_t m) {
-  constexpr Range few[] = {rows_range<BITS, LIMBS, 1>, rows_range<BITS, LIMBS, 2>,
-                           rows_range<BITS, LIMBS, 3>, rows_range<BITS, LIMBS, 4>};
-  if constexpr (LIMBS == 1) {
-    constexpr Range more[] = {rows_range<BITS, LIMBS, 5>, rows_range<BITS, LIMBS, 6>,
-                              rows_range<BITS, LIMBS, 7>, rows_range<BITS, LIMBS, 8>};
-    if (m > 4) return more[m - 5];
-  }
-  return few[m - 1];
+  constexpr Range ranges[kPassInputs] = {rows_range<BITS, LIMBS, 1>, rows_range<BITS, LIMBS, 2>,
+                                         rows_range<BITS, LIMBS, 3>, rows_range<BITS, LIMBS, 4>};
+  return ranges[m - 1];
 }
 
 template <int BITS>
@@ -360,21 +353,23 @@ void rows_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix&
                  const void* scratch, const void* bias, int64_t begin, int64_t end,
                  const Output& out) {
   const Layout layout(w, plan.limbs, plan.span);
-  const int64_t step = pass_inputs(plan.limbs);
-  for (int64_t m = 0; m < x.rows; m += step) {
-    const Call call{w,
-                    layout,
-                    plan.span,
-                    static_cast<const char*>(scratch) + m * plan.unit_bytes,
-                    plan.unit_bytes,
-                    bias,
-                    out,
-                    m};
-    const int64_t inputs = std::min(step, x.rows - m);
-    const Range range = w.bits == 8   ? by_limbs<8>(plan.limbs, inputs)
-                        : w.bits == 4 ? by_limbs<4>(plan.limbs, inputs)
-                                      : by_limbs<2>(plan.limbs, inputs);
-    range(call, begin, end);
+  const int64_t block = x.rows <= kPassInputs ? end - begin : kPassRows;
+  for (int64_t n = begin; n < end; n += block) {
+    for (int64_t m = 0; m < x.rows; m += kPassInputs) {
+      const Call call{w,
+                      layout,
+                      plan.span,
+                      static_cast<const char*>(scratch) + m * plan.unit_bytes,
+                      plan.unit_bytes,
+                      bias,
+                      out,
+                      m};
+      const int64_t inputs = std::min(kPassInputs, x.rows - m);
+      const Range range = w.bits == 8   ? by_limbs<8>(plan.limbs, inputs)
+                          : w.bits == 4 ? by_limbs<4>(plan.limbs, inputs)
+                                        : by_limbs<2>(plan.limbs, inputs);
+      range(call, n, std::min(end, n + block));
+    }
   }
 }
 

@@ -118,6 +118,21 @@ constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: half of the sm
 constexpr int64_t kFewInputs = 32;         // up to so many rows tiles are long instead of tall
 constexpr int64_t kInputBlock = 512;       // input rows that share a tile: sums stay in L2
 
+// 64 codes, a byte each.
+inline __m512i spread4(__m256i packed) {
+  const __m512i wide = _mm512_cvtepu8_epi16(packed);
+  const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+  return _mm512_and_si512(both, _mm512_set1_epi16(0x0f0f));
+}
+
+inline __m512i spread2(__m128i packed) {
+  const __m512i wide = _mm512_cvtepu8_epi32(packed);
+  const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)),
+                                           _mm512_set1_epi32(0x000f000f));
+  const __m512i pairs = _mm512_or_si512(nibbles, _mm512_slli_epi32(nibbles, 6));
+  return _mm512_and_si512(pairs, _mm512_set1_epi32(0x03030303));
+}
+
 // n codes from a whole byte on, one per output byte; n is a multiple of 4 but for the row's end.
 inline void unpack_row(const uint8_t* codes, int bits, int64_t n, uint8_t* out) {
   int64_t i = 0;
@@ -126,25 +141,24 @@ inline void unpack_row(const uint8_t* codes, int bits, int64_t n, uint8_t* out) 
     return;
   }
   if (bits == 4) {
-    const __m512i mask = _mm512_set1_epi16(0x0f0f);
-    for (; i < n; i += 64) {
-      const int64_t bytes = std::min<int64_t>(32, (n - i + 1) / 2);
-      const __mmask32 read = bytes == 32 ? ~0u : (1u << bytes) - 1u;
-      const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(read, codes + i / 2));
-      const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
-      _mm512_storeu_si512(out + i, _mm512_and_si512(both, mask));
+    for (; i + 64 <= n; i += 64) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i / 2));
+      _mm512_storeu_si512(out + i, spread4(packed));
+    }
+    if (i < n) {
+      // Up to 32 bytes: shifted in 64 bits.
+      const __mmask32 read = static_cast<__mmask32>((uint64_t{1} << ((n - i + 1) / 2)) - 1);
+      _mm512_storeu_si512(out + i, spread4(_mm256_maskz_loadu_epi8(read, codes + i / 2)));
     }
     return;
   }
-  const __m512i mask = _mm512_set1_epi32(0x03030303);
-  for (; i < n; i += 64) {
-    const int64_t bytes = std::min<int64_t>(16, (n - i + 3) / 4);
-    const __mmask16 read = bytes == 16 ? 0xffff : static_cast<__mmask16>((1u << bytes) - 1u);
-    const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(read, codes + i / 4));
-    const __m512i pair = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 12));  // 4 bits at 0, 16-4
-    const __m512i split = _mm512_and_si512(pair, _mm512_set1_epi32(0x000f000f));
-    const __m512i all = _mm512_or_si512(split, _mm512_slli_epi32(split, 6));
-    _mm512_storeu_si512(out + i, _mm512_and_si512(all, mask));
+  for (; i + 64 <= n; i += 64) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 4));
+    _mm512_storeu_si512(out + i, spread2(packed));
+  }
+  if (i < n) {
+    const __mmask16 read = static_cast<__mmask16>((1u << ((n - i + 3) / 4)) - 1u);
+    _mm512_storeu_si512(out + i, spread2(_mm_maskz_loadu_epi8(read, codes + i / 4)));
   }
 }
 
