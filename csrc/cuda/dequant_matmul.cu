@@ -76,11 +76,10 @@ Tensor run_dense(const char* op, const QuantizedWeight& w, const Tensor& input,
   return linear(input, scratch, bias);
 }
 
-Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& scale,
-                      const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
-                      const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
-                      const std::string& compute) {
-  const char* op = "dequant_matmul";
+Tensor multiply(const char* op, const Tensor& input, const Tensor& codes, const Tensor& scale,
+                const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
+                const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+                const std::string& compute) {
   const Float type = check_matmul_input(op, input, codes);
   MKRS_CHECK(compute == "exact", op, "compute must be 'exact' on CUDA, got '", compute, "'");
   const Scope scope(op, input);
@@ -129,9 +128,47 @@ Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& sc
   return run_dense(op, w, flat, dense_bias, scope);
 }
 
+Tensor dequant_matmul(const Tensor& input, const Tensor& codes, const Tensor& scale,
+                      const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
+                      const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+                      const std::string& compute) {
+  return multiply("dequant_matmul", input, codes, scale, zero_point, offset, bias, bits, group_size,
+                  compute);
+}
+
+// One launch a weight: on a stream they follow each other without the host.
+std::vector<Tensor> dequant_matmul_many(const Tensor& input, const std::vector<Tensor>& codes,
+                                        const std::vector<Tensor>& scale,
+                                        const std::vector<Tensor>& zero_point,
+                                        const std::vector<Tensor>& offset,
+                                        const std::vector<Tensor>& bias, int64_t bits,
+                                        int64_t group_size, const std::string& compute) {
+  const char* op = "dequant_matmul_many";
+  const size_t count = codes.size();
+  MKRS_CHECK(scale.size() == count, op, "scale must have ", count, " tensors like codes, got ",
+             scale.size());
+  const auto check_list = [&](const char* what, const std::vector<Tensor>& list) {
+    MKRS_CHECK(list.empty() || list.size() == count, op, what, " must have no or ", count,
+               " tensors like codes, got ", list.size());
+  };
+  check_list("zero_point", zero_point);
+  check_list("offset", offset);
+  check_list("bias", bias);
+  const auto at = [](const std::vector<Tensor>& list, size_t i) {
+    return list.empty() ? std::nullopt : std::optional<Tensor>(list[i]);
+  };
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < count; ++i) {
+    results.push_back(multiply(op, input, codes[i], scale[i], at(zero_point, i), at(offset, i),
+                               at(bias, i), bits, group_size, compute));
+  }
+  return results;
+}
+
 }  // namespace
 }  // namespace mkrs::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(mkrs, CUDA, m) {
   m.impl("dequant_matmul", TORCH_BOX(&mkrs::cuda::dequant_matmul));
+  m.impl("dequant_matmul_many", TORCH_BOX(&mkrs::cuda::dequant_matmul_many));
 }
