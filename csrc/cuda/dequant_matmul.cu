@@ -145,6 +145,7 @@ std::vector<Tensor> dequant_matmul_many(const Tensor& input, const std::vector<T
                                         int64_t group_size, const std::string& compute) {
   const char* op = "dequant_matmul_many";
   const size_t count = codes.size();
+  MKRS_CHECK(count > 0, op, "codes must hold at least one weight, got none");
   MKRS_CHECK(scale.size() == count, op, "scale must have ", count, " tensors like codes, got ",
              scale.size());
   const auto check_list = [&](const char* what, const std::vector<Tensor>& list) {
