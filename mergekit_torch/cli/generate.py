@@ -68,11 +68,17 @@ def run(args: argparse.Namespace) -> int:
         torch.manual_seed(args.seed)
     from ..integrations.transformers import load_native, stream_native
 
-    started = time.perf_counter()
     if args.budget is None:
+        started = time.perf_counter()
         model = load_native(args.model, device=device, dtype=dtype)
-    else:
-        model = stream_native(args.model, device=device, dtype=dtype, budget=args.budget)
+        return answer(args, model, device, started)
+    started = time.perf_counter()
+    with stream_native(args.model, device=device, dtype=dtype, budget=args.budget) as streamed:
+        return answer(args, streamed, device, started)
+
+
+def answer(args: argparse.Namespace, model: Any, device: torch.device, started: float) -> int:
+    """Generate with a loaded model and print text and times."""
     tokenizer = generation.load_tokenizer(args.model)
     loaded = time.perf_counter() - started
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
