@@ -64,7 +64,7 @@ def text_of(report: dict[str, Any]) -> str:
     machine = report["machine"]
     lines.append("")
     lines.append(
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; both models "
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; both "
         f"through transformers' `generate`, greedy tokens identical. Command: `{COMMAND}`."
     )
     return "\n".join(lines)
