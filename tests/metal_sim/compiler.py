@@ -87,9 +87,20 @@ def machine_flags() -> list[str]:
     raise CompileError(f"the Metal simulator runs on x86-64 and arm64, got {machine}")
 
 
+# zig keeps what it built of its own runtime; that stays inside the checkout as well.
+ZIG_CACHE = {f"ZIG_{kind}_CACHE_DIR": str(ROOT / ".cache" / "zig") for kind in ("GLOBAL", "LOCAL")}
+
+
 def run(command: list[str], text: str | None = None) -> str:
     """Standard output of a command; its error output becomes a CompileError."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **ZIG_CACHE},
+    )
     if done.returncode != 0:
         raise CompileError(done.stderr.strip() or f"{command[0]} failed")
     return done.stdout
