@@ -240,23 +240,18 @@ def main(argv: list[str] | None = None) -> int:
         "calls": {},
     }
     print("limits:", json.dumps(report["limits"]), flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     for count in threads:
-        for layer in args.layers:
-            for m in args.rows:
-                print(f"{layer} {LAYERS[layer]} M={m}, {count} threads", flush=True)
-                report["cases"].append(matmul_case(layer, m, 4, count, cold, args.seconds))
-        for bits in (8, 2):
-            for m in (1, 8, 512):
-                if m in args.rows:
-                    print(f"mlp, {bits} bits, M={m}, {count} threads", flush=True)
-                    case = matmul_case("mlp", m, bits, count, cold, args.seconds)
-                    report["cases"].append(case)
+        todo = [(layer, m, 4) for layer in args.layers for m in args.rows]
+        todo += [("mlp", m, bits) for bits in (8, 2) for m in args.rows if m in (1, 8, 512)]
+        for layer, m, bits in todo:
+            print(f"{layer} {LAYERS[layer]} M={m}, {bits} bits, {count} threads", flush=True)
+            report["cases"].append(matmul_case(layer, m, bits, count, cold, args.seconds))
         print(f"storage, {count} threads", flush=True)
         report["storage"] += storage_cases(count, args.seconds)
         report["calls"][str(count)] = call_cost(count)
     # Again at the end: a limit that moved says that the machine was not quiet.
     report["limits_after"] = limits.measure(most)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print("wrote", args.output)
     return 0

@@ -237,13 +237,18 @@ inline void rows_block(const Call& c, int64_t n) {
       const int64_t at = 64 * (v + j);
       __m512i packed[R];
       __m512 lane_scale[R];
-      // At the row's end, bytes past it belong to others and are not read.
-      const bool whole = v + j < full_vectors;
-      const __mmask64 mask = whole ? ~uint64_t{0} : (uint64_t{1} << (row_bytes - at)) - 1;
       MKRS_UNROLL for (int r = 0; r < R; ++r) {
-        packed[r] = _mm512_maskz_loadu_epi8(mask, codes[r] + at);
         lane_scale[r] = _mm512_permutexvar_ps(index, scale[r]);
         _mm_prefetch(reinterpret_cast<const char*>(codes[r] + at + kPrefetchBytes), _MM_HINT_T1);
+      }
+      if (__builtin_expect(v + j < full_vectors, 1)) {
+        MKRS_UNROLL for (int r = 0; r < R; ++r) packed[r] = _mm512_loadu_si512(codes[r] + at);
+      } else {
+        // The row's end: bytes past it belong to others and are not read.
+        const __mmask64 mask = (uint64_t{1} << (row_bytes - at)) - 1;
+        MKRS_UNROLL for (int r = 0; r < R; ++r) {
+          packed[r] = _mm512_maskz_loadu_epi8(mask, codes[r] + at);
+        }
       }
       accumulate<BITS, LIMBS, M, R>(packed, c.input + (v + j) * c.layout.vector_bytes, c.unit_bytes,
                                     lane_scale, acc);
