@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     device, _ = generation.prepare(args)
     gguf = args.gguf or smollm2(args.cache)
     native = args.cache / f"{gguf.stem}-native"
-    if not (native / "config.json").exists():
+    if not (native / "tokenizer.json").exists():  # what convert writes last
         print(f"Converting {gguf.name} to native safetensors, without loss:")
         convert.run(
             argparse.Namespace(
