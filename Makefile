@@ -2,8 +2,8 @@
 #   make demo    environment, build, a real model on 4-bit weights
 #   make test    environment, build, tests, lint and type checks
 #
-# PYTHON chooses the interpreter the environment is made from; TORCH what pip installs first (on
-# Linux machines without a GPU a CPU build saves gigabytes: TORCH="torch==2.13.0 --index-url ...").
+# PYTHON chooses the interpreter the environment is made from, TORCH what pip installs first: a
+# requirement, with options if need be. Without a GPU a CPU build of torch saves gigabytes.
 
 PYTHON ?= python3
 VENV ?= .venv
