@@ -241,4 +241,46 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
 }
 
+// The arguments of `quantize`, checked, with its uninitialized outputs on the weight's device.
+struct QuantizeArgs {
+  Scheme scheme;
+  Float type;        // of the weight
+  Float scale_type;  // of scale and offset
+  ScalarType scale_dtype;
+  int64_t in_features;
+  int64_t groups;  // per row
+  Tensor codes;
+  Tensor scale;
+  Tensor zero;  // empty for symmetric
+};
+
+inline QuantizeArgs check_quantize(const char* op, const Tensor& weight, int64_t bits,
+                                   int64_t group_size, const std::string& scheme_name,
+                                   const std::optional<ScalarType>& scale_dtype) {
+  check_bits(op, bits);
+  const Scheme scheme = check_scheme(op, scheme_name);
+  const Float type = check_float(op, "weight", weight.scalar_type());
+  const int64_t dim = weight.dim();
+  MKRS_CHECK(dim >= 2, op, "weight must have at least 2 dimensions [..., N, K], got ",
+             shape_string(weight));
+  const int64_t in_features = weight.size(dim - 1);
+  check_group_size(op, group_size, in_features);
+  // float16 would overflow where bfloat16 weights do not.
+  const ScalarType scale_scalar =
+      scale_dtype.value_or(type == Float::BF16 ? ScalarType::BFloat16 : ScalarType::Half);
+  const Float scale_type = check_float(op, "scale_dtype", scale_scalar);
+
+  const int64_t groups = num_groups(in_features, group_size);
+  const std::vector<int64_t> group_sizes = sizes_with_last(weight, groups);
+  Tensor codes =
+      empty_on(weight, sizes_with_last(weight, code_bytes(in_features, bits)), ScalarType::Byte);
+  Tensor scale = empty_on(weight, group_sizes, scale_scalar);
+  Tensor zero = scheme == Scheme::Symmetric    ? empty_on(weight, {0}, ScalarType::Byte)
+                : scheme == Scheme::Asymmetric ? empty_on(weight, group_sizes, ScalarType::Byte)
+                                               : empty_on(weight, group_sizes, scale_scalar);
+  return {scheme,         type,   scale_type,       scale_scalar,
+          in_features,    groups, std::move(codes), std::move(scale),
+          std::move(zero)};
+}
+
 }  // namespace mkrs

@@ -249,29 +249,11 @@ void launch(const char* op, const T* weight, const Target& t, bool vector, cudaS
 
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& weight, int64_t bits, int64_t group_size,
                                             const std::string& scheme_name,
-                                            const std::optional<ScalarType>& scale_dtype) {
+                                            const std::optional<ScalarType>& requested_dtype) {
   const char* op = "quantize";
-  check_bits(op, bits);
-  const Scheme scheme = check_scheme(op, scheme_name);
-  const Float type = check_float(op, "weight", weight.scalar_type());
-  const int64_t dim = weight.dim();
-  MKRS_CHECK(dim >= 2, op, "weight must have at least 2 dimensions [..., N, K], got ",
-             shape_string(weight));
-  const int64_t in_features = weight.size(dim - 1);
-  check_group_size(op, group_size, in_features);
-  const ScalarType scale_scalar =
-      scale_dtype.value_or(type == Float::BF16 ? ScalarType::BFloat16 : ScalarType::Half);
-  const Float scale_type = check_float(op, "scale_dtype", scale_scalar);
   const Scope scope(op, weight);
-
-  const int64_t groups = num_groups(in_features, group_size);
-  Tensor codes =
-      empty_on(weight, sizes_with_last(weight, code_bytes(in_features, bits)), ScalarType::Byte);
-  const std::vector<int64_t> group_sizes = sizes_with_last(weight, groups);
-  Tensor scale = empty_on(weight, group_sizes, scale_scalar);
-  Tensor zero = scheme == Scheme::Symmetric    ? empty_on(weight, {0}, ScalarType::Byte)
-                : scheme == Scheme::Asymmetric ? empty_on(weight, group_sizes, ScalarType::Byte)
-                                               : empty_on(weight, group_sizes, scale_scalar);
+  const auto [scheme, type, scale_type, scale_dtype, in_features, groups, codes, scale, zero] =
+      check_quantize(op, weight, bits, group_size, scheme_name, requested_dtype);
   const Tensor flat = has_uniform_rows(weight) ? weight : torch::stable::contiguous(weight);
 
   Target t;
