@@ -84,7 +84,7 @@ namespace {
 
 // Thresholds of the VNNI level, all of them here. Measured on Zen 4 with 4 bits, group 64.
 constexpr int64_t kRowsInputs = 4;  // up to so many input rows are dot products along k
-constexpr int64_t kRowsInputsInt8 = 8;
+constexpr int64_t kRowsInputsInt8 = 6;
 constexpr int64_t kExactSpan = 64;  // activations per fixed-point scale, where groups are as long
 
 MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
