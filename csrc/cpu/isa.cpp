@@ -9,6 +9,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cpu/limbs.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -80,65 +82,66 @@
 namespace mkrs::cpu {
 namespace {
 
-#if defined(__x86_64__)
-
-// Thresholds of the VNNI level, all of them here. Measured on Zen 4 with 4 bits, group 64.
-constexpr int64_t kRowsInputs = 4;  // up to so many input rows are dot products along k
-constexpr int64_t kRowsInputsInt8 = 8;
-constexpr int64_t kExactSpan = 64;  // activations per fixed-point scale, where groups are as long
-
-MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
-  MatmulPlan plan;
-  if (w.in_features == 0) return plan;
-  plan.limbs = compute == Compute::Int8 ? 1 : x.type == Float::F32 ? 3 : 2;
-  // A single group of any length is cut into spans; others are powers of two of at least 16.
-  const int64_t group = w.groups == 1 ? kExactSpan : w.group_size;
-  plan.span = compute == Compute::Int8 ? int8_span(w.group_size) : std::min(kExactSpan, group);
-  if (x.rows <= (plan.limbs == 1 ? kRowsInputsInt8 : kRowsInputs)) {
-    plan.regime = Regime::Rows;
-    plan.units = x.rows;
-    plan.unit_bytes = vnni::rows_unit_bytes(w, plan.limbs, plan.span);
-    plan.weight_rows = 4;
-  } else {
-    plan.regime = Regime::Tiles;
-    plan.units = vnni::tiles_units(x.rows);
-    plan.unit_bytes = vnni::tiles_unit_bytes(w, plan.limbs, plan.span);
-    plan.weight_rows = 24;
+// A level's integer kernels in front of the float kernels that it falls back to: for what it has no
+// tiles for, and for activations without a fixed-point form.
+template <const limbs::Level& LIMBS, const Kernels& FLOATS>
+struct WithLimbs {
+  static MatmulPlan plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
+    MatmulPlan plan;
+    if (w.in_features == 0) return plan;
+    plan.limbs = limbs::limbs_of(x.type, compute);
+    plan.span = limbs::span_of(w, compute);
+    if (x.rows <= (plan.limbs == 1 ? LIMBS.rows_inputs_int8 : LIMBS.rows_inputs_exact)) {
+      plan.regime = Regime::Rows;
+      plan.units = x.rows;
+      plan.unit_bytes = LIMBS.rows_unit_bytes(w, plan.limbs, plan.span);
+      plan.weight_rows = LIMBS.rows_weight_rows;
+    } else if (LIMBS.has_tiles(w, plan.limbs)) {
+      plan.regime = Regime::Tiles;
+      plan.units = LIMBS.tiles_units(x.rows, plan.limbs);
+      plan.unit_bytes = LIMBS.tiles_unit_bytes(w, plan.limbs, plan.span);
+      plan.weight_rows = LIMBS.tiles_weight_rows;
+    } else {
+      return FLOATS.plan(w, x, compute);
+    }
+    return plan;
   }
-  return plan;
-}
 
-bool vnni_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x, int64_t begin,
-                  int64_t end, void* scratch) {
-  const auto prepare = plan.regime == Regime::Rows ? vnni::rows_prepare : vnni::tiles_prepare;
-  return prepare(plan, w, x, begin, end, scratch);
-}
+  static bool prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
+                      int64_t begin, int64_t end, void* scratch) {
+    const auto prepare = plan.regime == Regime::Rows    ? LIMBS.rows_prepare
+                         : plan.regime == Regime::Tiles ? LIMBS.tiles_prepare
+                                                        : FLOATS.prepare;
+    return prepare(plan, w, x, begin, end, scratch);
+  }
 
-void vnni_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
-                 const void* scratch, const void* bias, int64_t begin, int64_t end,
-                 const Output& out) {
-  const auto matmul = plan.regime == Regime::Rows    ? vnni::rows_matmul
-                      : plan.regime == Regime::Tiles ? vnni::tiles_matmul
-                                                     : avx512::table.matmul;
-  matmul(plan, w, x, scratch, bias, begin, end, out);
-}
+  static void matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
+                     const void* scratch, const void* bias, int64_t begin, int64_t end,
+                     const Output& out) {
+    const auto matmul = plan.regime == Regime::Rows    ? LIMBS.rows_matmul
+                        : plan.regime == Regime::Tiles ? LIMBS.tiles_matmul
+                                                       : FLOATS.matmul;
+    matmul(plan, w, x, scratch, bias, begin, end, out);
+  }
 
-Kernels vnni_table() {
-  Kernels table = avx512::table;
-  table.name = "avx512_vnni";
-  table.plan = vnni_plan;
-  table.prepare = vnni_prepare;
-  table.matmul = vnni_matmul;
-  return table;
-}
+  static Kernels table() {
+    Kernels table = FLOATS;
+    table.name = LIMBS.name;
+    table.plan = plan;
+    table.prepare = prepare;
+    table.matmul = matmul;
+    return table;
+  }
+};
 
-const Kernels kVnni = vnni_table();
-
+#if defined(__x86_64__)
+const Kernels kVnni = WithLimbs<vnni::level, avx512::table>::table();
 #endif
 
 struct Level {
   const Kernels* table;
   bool supported;
+  const limbs::Level* limbs = nullptr;  // its integer kernels, if it has any
 };
 
 std::vector<Level> levels() {
@@ -151,7 +154,7 @@ std::vector<Level> levels() {
                       __builtin_cpu_supports("avx512vl");
   found.push_back({&avx2::table, avx2});
   found.push_back({&avx512::table, avx512});
-  found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni")});
+  found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni"), &vnni::level});
 #elif defined(__aarch64__)
   found.push_back({&neon::table, true});
 #endif
@@ -184,13 +187,12 @@ const Kernels& kernels() {
 }
 
 std::vector<Threshold> thresholds() {
-#if defined(__x86_64__)
-  if (&kernels() == &kVnni) {
-    return {{"rows_inputs_exact", kRowsInputs},
-            {"rows_inputs_int8", kRowsInputsInt8},
-            {"exact_span", kExactSpan}};
+  for (const Level& level : levels()) {
+    if (level.table != &kernels() || level.limbs == nullptr) continue;
+    return {{"rows_inputs_exact", level.limbs->rows_inputs_exact},
+            {"rows_inputs_int8", level.limbs->rows_inputs_int8},
+            {"exact_span", limbs::kExactSpan}};
   }
-#endif
   return {};
 }
 

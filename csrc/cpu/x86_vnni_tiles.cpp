@@ -343,7 +343,7 @@ void store_panel(const float* sums, int64_t lanes, int64_t inputs, int64_t rows,
 
 }  // namespace
 
-int64_t tiles_units(int64_t input_rows) {
+int64_t tiles_units(int64_t input_rows, int) {
   return (input_rows + kPanel - 1) / kPanel;
 }
 
@@ -401,7 +401,7 @@ void tiles_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
 
   for (int64_t m0 = 0; m0 < x.rows; m0 += kInputBlock) {
     const int64_t inputs = std::min(kInputBlock, x.rows - m0);
-    const int64_t panels = tiles_units(inputs);
+    const int64_t panels = tiles_units(inputs, plan.limbs);
     for (int64_t n = begin; n < end; n += tile.max_rows) {
       tile.rows = std::min(tile.max_rows, end - n);
       std::memset(sums, 0, static_cast<size_t>(panels * sums_stride) * sizeof(float));
