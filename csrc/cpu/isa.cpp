@@ -17,6 +17,11 @@
 #include "cpu/x86_vnni.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 // Standard headers stay above: included under a target pragma, their inline functions would be
@@ -136,6 +141,39 @@ struct WithLimbs {
 
 #if defined(__x86_64__)
 const Kernels kVnni = WithLimbs<vnni::level, avx512::table>::table();
+#elif defined(__aarch64__)
+const Kernels kDotprod = WithLimbs<dotprod::level, neon::table>::table();
+const Kernels kI8mm = WithLimbs<i8mm::level, neon::table>::table();
+
+#if defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() {
+  return has_feature("hw.optional.arm.FEAT_DotProd");
+}
+bool has_i8mm() {
+  return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM");
+}
+#elif defined(__linux__)
+// Bits of the kernel's ABI; older headers lack the second name.
+bool has_dotprod() {
+  return (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
+}
+bool has_i8mm() {
+  return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0;  // HWCAP2_I8MM
+}
+#else
+// No way to ask here: the baseline is what is certain.
+bool has_dotprod() {
+  return false;
+}
+bool has_i8mm() {
+  return false;
+}
+#endif
 #endif
 
 struct Level {
@@ -157,6 +195,8 @@ std::vector<Level> levels() {
   found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni"), &vnni::level});
 #elif defined(__aarch64__)
   found.push_back({&neon::table, true});
+  found.push_back({&kDotprod, has_dotprod(), &dotprod::level});
+  found.push_back({&kI8mm, has_i8mm(), &i8mm::level});
 #endif
   return found;
 }

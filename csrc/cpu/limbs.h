@@ -58,3 +58,15 @@ struct Level {
 };
 
 }  // namespace mkrs::cpu::limbs
+
+// The levels, each defined in the file that is named like it.
+namespace mkrs::cpu {
+#if defined(__aarch64__)
+namespace dotprod {
+extern const limbs::Level level;
+}
+namespace i8mm {
+extern const limbs::Level level;
+}
+#endif
+}  // namespace mkrs::cpu
