@@ -140,6 +140,7 @@ struct WithLimbs {
 };
 
 #if defined(__x86_64__)
+const Kernels kAvx2 = WithLimbs<avx2_limbs::level, avx2::table>::table();
 const Kernels kVnni = WithLimbs<vnni::level, avx512::table>::table();
 #elif defined(__aarch64__)
 const Kernels kDotprod = WithLimbs<dotprod::level, neon::table>::table();
@@ -190,7 +191,7 @@ std::vector<Level> levels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  found.push_back({&avx2::table, avx2});
+  found.push_back({&kAvx2, avx2, &avx2_limbs::level});
   found.push_back({&avx512::table, avx512});
   found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni"), &vnni::level});
 #elif defined(__aarch64__)

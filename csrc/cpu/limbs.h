@@ -61,7 +61,11 @@ struct Level {
 
 // The levels, each defined in the file that is named like it.
 namespace mkrs::cpu {
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+namespace avx2_limbs {
+extern const limbs::Level level;
+}
+#elif defined(__aarch64__)
 namespace dotprod {
 extern const limbs::Level level;
 }

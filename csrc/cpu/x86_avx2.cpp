@@ -1,0 +1,53 @@
+// x86 with AVX2 (Haswell, Zen and later): products through vpmaddubsw and vpmaddwd.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/limbs.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#endif
+
+namespace mkrs::cpu::avx2_limbs {
+namespace {
+
+#define MKRS_HAS_F16C 1
+#include "cpu/convert.inc"
+#include "cpu/x86_vectors.inc"
+
+struct V : Vector256 {
+  // Sixteen registers: limbs come from memory, one row at a time.
+  static constexpr int rows_at_once(int, int, int) { return 1; }
+};
+
+#include "cpu/x86_maddubs.inc"
+// After the product that it drives.
+#include "cpu/limb_rows.inc"
+
+bool has_tiles(const QuantizedWeight&, int) {
+  return false;
+}
+
+}  // namespace
+
+const limbs::Level level{
+    "avx2",       4,           8,       4,       24,      has_tiles, rows_unit_bytes,
+    rows_prepare, rows_matmul, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace mkrs::cpu::avx2_limbs
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
