@@ -12,6 +12,7 @@
 #include "cpu/limbs.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "cpu/x86_vnni.h"
@@ -141,7 +142,21 @@ struct WithLimbs {
 
 #if defined(__x86_64__)
 const Kernels kAvx2 = WithLimbs<avx2_limbs::level, avx2::table>::table();
+const Kernels kAvxVnni = WithLimbs<avxvnni::level, avx2::table>::table();
+const Kernels kAvx512 = WithLimbs<avx512_limbs::level, avx512::table>::table();
 const Kernels kVnni = WithLimbs<vnni::level, avx512::table>::table();
+
+#if defined(MKRS_AVXVNNI_AS_EVEX)  // x86_avxvnni.cpp says why
+bool has_avxvnni() {
+  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#else
+// CPUID leaf 7, subleaf 1, EAX bit 4; not every compiler here knows the name.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
+}
+#endif
 #elif defined(__aarch64__)
 const Kernels kDotprod = WithLimbs<dotprod::level, neon::table>::table();
 const Kernels kI8mm = WithLimbs<i8mm::level, neon::table>::table();
@@ -192,7 +207,8 @@ std::vector<Level> levels() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   found.push_back({&kAvx2, avx2, &avx2_limbs::level});
-  found.push_back({&avx512::table, avx512});
+  found.push_back({&kAvxVnni, avx2 && has_avxvnni(), &avxvnni::level});
+  found.push_back({&kAvx512, avx512, &avx512_limbs::level});
   found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni"), &vnni::level});
 #elif defined(__aarch64__)
   found.push_back({&neon::table, true});

@@ -65,6 +65,12 @@ namespace mkrs::cpu {
 namespace avx2_limbs {
 extern const limbs::Level level;
 }
+namespace avxvnni {
+extern const limbs::Level level;
+}
+namespace avx512_limbs {
+extern const limbs::Level level;
+}
 #elif defined(__aarch64__)
 namespace dotprod {
 extern const limbs::Level level;

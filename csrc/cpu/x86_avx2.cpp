@@ -24,8 +24,10 @@ namespace {
 #include "cpu/x86_vectors.inc"
 
 struct V : Vector256 {
-  // Sixteen registers: limbs come from memory, one row at a time.
-  static constexpr int rows_at_once(int, int, int) { return 1; }
+  // Two rows share the loads of limbs, which bind with several inputs and at 2 bits.
+  static constexpr int rows_at_once(int bits, int limbs, int inputs) {
+    return inputs == 1 && (bits == 8 || limbs < 3) ? 1 : 2;
+  }
 };
 
 #include "cpu/x86_maddubs.inc"

@@ -1,0 +1,81 @@
+// AVX-VNNI: vpdpbusd on 256-bit vectors without AVX-512 (Alder Lake, Zen 5 and later).
+//
+// MKRS_AVXVNNI_AS_EVEX builds the same kernels for AVX-512 VL and VNNI, where the instruction has
+// another encoding: that is how they are tested on machines that lack AVX-VNNI.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/limbs.h"
+
+#if defined(MKRS_AVXVNNI_AS_EVEX)
+#define MKRS_VPDPBUSD "vpdpbusd"
+#define MKRS_VECTOR_REGISTER "v"
+#if defined(__clang__)
+#pragma clang attribute push(                                                  \
+    __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512vl,avx512vnni"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512vl,avx512vnni")
+#endif
+#else
+#define MKRS_VPDPBUSD "%{vex%} vpdpbusd"
+#define MKRS_VECTOR_REGISTER "x"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2,avxvnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avxvnni")
+#endif
+#endif
+
+namespace mkrs::cpu::avxvnni {
+namespace {
+
+#define MKRS_HAS_F16C 1
+#include "cpu/convert.inc"
+#include "cpu/x86_vectors.inc"
+
+struct V : Vector256 {
+  static constexpr int rows_at_once(int bits, int limbs, int inputs) {
+    return inputs == 1 && (bits == 8 || limbs < 3) ? 1 : 2;
+  }
+
+  // By name: around its intrinsic GCC copies and spills the accumulators.
+  static void dot(Int& sum, Bytes codes, Bytes limb) {
+    Int total = sum;
+    asm(MKRS_VPDPBUSD " %2, %1, %0"
+        : "+" MKRS_VECTOR_REGISTER(total)
+        : MKRS_VECTOR_REGISTER(codes), MKRS_VECTOR_REGISTER "m"(limb));
+    sum = total;
+  }
+};
+
+#include "cpu/limb_dot4.inc"
+#include "cpu/limb_rows.inc"
+
+bool has_tiles(const QuantizedWeight&, int) {
+  return false;
+}
+
+}  // namespace
+
+const limbs::Level level{
+    "avxvnni",    4,           8,       4,       24,      has_tiles, rows_unit_bytes,
+    rows_prepare, rows_matmul, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace mkrs::cpu::avxvnni
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
