@@ -39,6 +39,13 @@ constexpr int center_of(const QuantizedWeight& w) {
   return w.scheme == Scheme::Symmetric ? 1 << (w.bits - 1) : 0;
 }
 
+// Sizes of limb_tiles.inc.
+constexpr int64_t kMaxTileRows = 96;       // a multiple of every micro-kernel's row count
+constexpr int64_t kFewTileRows = 24;       // likewise, for few inputs
+constexpr int64_t kFewInputs = 32;         // up to so many rows tiles are long instead of tall
+constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: they stay in L1
+constexpr int64_t kInputBlock = 256;       // input rows that share a tile: sums stay in L2
+
 // One level's integer kernels; isa.cpp makes a kernel table of them.
 struct Level {
   const char* name;

@@ -215,7 +215,11 @@ void check_integers(const Kernels& level, Weight& w, int64_t m) {
 
 void check(const Kernels& generic, const Kernels& level) {
   const int bits = 8 >> pick(0, 2);
-  const int64_t n = pick(1, 40), k = pick(1, 300), m = pick(1, 20);
+  // Now and then several tiles of rows, of depth or of inputs.
+  const int large = pick(0, 29);
+  const int64_t n = large == 0 ? pick(90, 110) : pick(1, 40);
+  const int64_t k = large <= 1 ? pick(257, 1300) : pick(1, 300);
+  const int64_t m = large == 1 ? pick(30, 70) : large == 2 ? pick(250, 270) : pick(1, 20);
   const int64_t group = pick(0, 5) == 0 ? k : int64_t{16} << pick(0, 4);
   Weight w(n, k, bits, group, static_cast<Scheme>(pick(0, 2)));
 
