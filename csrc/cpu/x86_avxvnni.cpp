@@ -60,15 +60,55 @@ struct V : Vector256 {
 #include "cpu/limb_dot4.inc"
 #include "cpu/limb_rows.inc"
 
+// Four codes of one row, broadcast, times 8 inputs by 4 activations. 12 accumulators, their limbs
+// and a vector of codes fill the 16 registers.
+struct T {
+  static constexpr int kDepth = 4, kInputs = 8, kCodeRows = 1, kSumRows = 1;
+  static constexpr int rows(int limbs) { return limbs == 3 ? 4 : 6; }
+  static constexpr int panels(int limbs) { return limbs == 1 ? 2 : 1; }
+
+  static void interleave(const uint8_t (*rows)[limbs::kTileBytes / limbs::kFewTileRows + 64],
+                         int64_t n, uint8_t* out) {
+    std::memcpy(out, rows[0], static_cast<size_t>(n));
+  }
+
+  template <int SUMS, int VECTORS, int LIMBS>
+  static void multiply(const uint8_t* codes, int64_t stride, const V::Bytes (&limb)[LIMBS][VECTORS],
+                       V::Int (&acc)[SUMS][VECTORS][LIMBS]) {
+    MKRS_UNROLL_ALL for (int u = 0; u < SUMS; ++u) {
+      int32_t four;
+      std::memcpy(&four, codes + u * stride, 4);
+      const V::Bytes weights = _mm256_set1_epi32(four);
+      MKRS_UNROLL_ALL for (int v = 0; v < VECTORS; ++v) {
+        MKRS_UNROLL_ALL for (int l = 0; l < LIMBS; ++l) V::dot(acc[u][v][l], weights, limb[l][v]);
+      }
+    }
+  }
+
+  static V::Real row_values(const float* p) { return V::broadcast(*p); }
+};
+
+#include "cpu/limb_tiles.inc"
+
 bool has_tiles(const QuantizedWeight&, int) {
-  return false;
+  return true;
 }
 
 }  // namespace
 
-const limbs::Level level{
-    "avxvnni",    4,           8,       4,       24,      has_tiles, rows_unit_bytes,
-    rows_prepare, rows_matmul, nullptr, nullptr, nullptr, nullptr};
+const limbs::Level level{"avxvnni",
+                         4,
+                         8,
+                         4,
+                         24,
+                         has_tiles,
+                         rows_unit_bytes,
+                         rows_prepare,
+                         rows_matmul,
+                         tiles_units,
+                         tiles_unit_bytes,
+                         tiles_prepare,
+                         tiles_matmul};
 
 }  // namespace mkrs::cpu::avxvnni
 
