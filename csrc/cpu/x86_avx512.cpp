@@ -48,7 +48,7 @@ bool has_tiles(const QuantizedWeight&, int) {
 }  // namespace
 
 const limbs::Level level{
-    "avx512",     4,           8,       4,       24,      has_tiles, rows_unit_bytes,
+    "avx512", 4, 8,      4,       24,      has_tiles, rows_unit_bytes,
     rows_prepare, rows_matmul, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace mkrs::cpu::avx512_limbs
