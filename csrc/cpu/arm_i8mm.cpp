@@ -68,25 +68,16 @@ struct T {
 
 #include "cpu/limb_tiles.inc"
 
-bool has_tiles(const QuantizedWeight&, int) {
-  return true;
+// Not measured: no such processor was at hand. Tiles fill panels of 4 or 8 input rows.
+int64_t rows_inputs(int, int count) {
+  return count == 1 ? 8 : 4;
 }
 
 }  // namespace
 
-const limbs::Level level{"i8mm",
-                         4,
-                         8,
-                         4,
-                         24,
-                         has_tiles,
-                         rows_unit_bytes,
-                         rows_prepare,
-                         rows_matmul,
-                         tiles_units,
-                         tiles_unit_bytes,
-                         tiles_prepare,
-                         tiles_matmul};
+const limbs::Level level{"i8mm",           rows_inputs,   4,           24,
+                         rows_unit_bytes,  rows_prepare,  rows_matmul, tiles_units,
+                         tiles_unit_bytes, tiles_prepare, tiles_matmul};
 
 }  // namespace mkrs::cpu::i8mm
 

@@ -98,12 +98,12 @@ struct WithLimbs {
     if (w.in_features == 0) return plan;
     plan.limbs = limbs::limbs_of(x.type, compute);
     plan.span = limbs::span_of(w, compute);
-    if (x.rows <= (plan.limbs == 1 ? LIMBS.rows_inputs_int8 : LIMBS.rows_inputs_exact)) {
+    if (x.rows <= LIMBS.rows_inputs(w.bits, plan.limbs)) {
       plan.regime = Regime::Rows;
       plan.units = x.rows;
       plan.unit_bytes = LIMBS.rows_unit_bytes(w, plan.limbs, plan.span);
       plan.weight_rows = LIMBS.rows_weight_rows;
-    } else if (LIMBS.has_tiles(w, plan.limbs)) {
+    } else if (LIMBS.tiles_units != nullptr) {
       plan.regime = Regime::Tiles;
       plan.units = LIMBS.tiles_units(x.rows, plan.limbs);
       plan.unit_bytes = LIMBS.tiles_unit_bytes(w, plan.limbs, plan.span);
@@ -247,9 +247,15 @@ const Kernels& kernels() {
 std::vector<Threshold> thresholds() {
   for (const Level& level : levels()) {
     if (level.table != &kernels() || level.limbs == nullptr) continue;
-    return {{"rows_inputs_exact", level.limbs->rows_inputs_exact},
-            {"rows_inputs_int8", level.limbs->rows_inputs_int8},
-            {"exact_span", limbs::kExactSpan}};
+    std::vector<Threshold> found;
+    for (const auto& [name, count] : {std::pair<const char*, int>{"rows_inputs_f32", 3},
+                                      {"rows_inputs_f16", 2},
+                                      {"rows_inputs_int8", 1}}) {
+      const int64_t most = level.limbs->rows_inputs(4, count);
+      if (most < limbs::kAnyInputs) found.push_back({name, most});
+    }
+    found.push_back({"exact_span", limbs::kExactSpan});
+    return found;
   }
   return {};
 }

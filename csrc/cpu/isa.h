@@ -109,7 +109,7 @@ const Kernels& kernels();
 // The table of one level, for tests that compare levels. Throws where it does not run.
 const Kernels& kernels_of(const std::string& name);
 
-// The switch points of the level in force, by name.
+// The switch points of the level in force at 4 bits, by name.
 struct Threshold {
   const char* name;
   int64_t value;

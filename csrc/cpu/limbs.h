@@ -46,19 +46,20 @@ constexpr int64_t kFewInputs = 32;         // up to so many rows tiles are long 
 constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: they stay in L1
 constexpr int64_t kInputBlock = 256;       // input rows that share a tile: sums stay in L2
 
+constexpr int64_t kAnyInputs = int64_t{1} << 40;
+
 // One level's integer kernels; isa.cpp makes a kernel table of them.
 struct Level {
   const char* name;
-  // Up to so many input rows take Regime::Rows; more take Regime::Tiles where there are tiles.
-  int64_t rows_inputs_exact, rows_inputs_int8;
+  // Up to so many input rows take Regime::Rows; more take Regime::Tiles, or floats without tiles.
+  int64_t (*rows_inputs)(int bits, int limbs);
   int64_t rows_weight_rows, tiles_weight_rows;  // weight rows in one item of parallel work
-  bool (*has_tiles)(const QuantizedWeight& w, int limbs);
 
   int64_t (*rows_unit_bytes)(const QuantizedWeight& w, int limbs, int64_t span);
   decltype(Kernels::prepare) rows_prepare;
   decltype(Kernels::matmul) rows_matmul;
 
-  int64_t (*tiles_units)(int64_t input_rows, int limbs);
+  int64_t (*tiles_units)(int64_t input_rows, int limbs);  // null: no tiles
   int64_t (*tiles_unit_bytes)(const QuantizedWeight& w, int limbs, int64_t span);
   decltype(Kernels::prepare) tiles_prepare;
   decltype(Kernels::matmul) tiles_matmul;

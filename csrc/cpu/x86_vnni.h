@@ -43,11 +43,9 @@ void tiles_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
 
 // Switch points measured on Zen 4 with 4 bits, group 64.
 inline constexpr limbs::Level level{"avx512_vnni",
-                                    4,
-                                    8,
+                                    [](int, int limbs) -> int64_t { return limbs == 1 ? 8 : 4; },
                                     4,
                                     24,
-                                    [](const QuantizedWeight&, int) { return true; },
                                     rows_unit_bytes,
                                     rows_prepare,
                                     rows_matmul,
