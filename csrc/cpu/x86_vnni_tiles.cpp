@@ -509,7 +509,7 @@ void multiply_tiles(const MatmulPlan& plan, const QuantizedWeight& w, const Matr
 
 }  // namespace
 
-int64_t tiles_units(int64_t input_rows) {
+int64_t tiles_units(int64_t input_rows, int) {
   return (input_rows + kPanel - 1) / kPanel;
 }
 
