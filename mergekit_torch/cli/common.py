@@ -137,6 +137,9 @@ def check_output(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} already holds a checkpoint; give --force to replace it")
 
 
+MANIFEST = "shards.json"
+"""What says which weights are in which file of ``mkrs shard``."""
+
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "merges.txt", "LICENSE*")
 
 
@@ -147,7 +150,8 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     copied = []
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and not path.name.endswith(".index.json") and path.name not in copied:
+            weights = path.name.endswith(".index.json") or path.name == MANIFEST
+            if path.is_file() and not weights and path.name not in copied:
                 shutil.copyfile(path, target / path.name)
                 copied.append(path.name)
     return copied
