@@ -143,21 +143,21 @@ def _quantized(
         shape[part.dim] = part.size
     if list(spec.shape) != shape:
         raise ValueError(f"{source.path}: {name} must have shape {shape}, got {list(spec.shape)}")
+    scale_dtype = module.weight_scale.dtype
+    wanted = (module.bits, module.group_size, module.scheme, scale_dtype)
+    q = spec.quantization
+    if q is not None and wanted != (q.bits, q.group_size, q.scheme, q.scale_dtype):
+        raise ValueError(
+            f"{source.path}: {name} must have bits, group_size, scheme and scale dtype {wanted} "
+            f"as the model has, got {(q.bits, q.group_size, q.scheme, q.scale_dtype)}"
+        )
     if part is None:
         weight = source.whole(name)
     else:
         weight = source.part(name, part.dim, part.start, part.stop)
-    scale_dtype = module.weight_scale.dtype
     if not isinstance(weight, QuantizedTensor):
         weight = QuantizedTensor.from_float(
             weight.to(device), module.bits, module.group_size, module.scheme, scale_dtype
-        )
-    found = (weight.bits, weight.group_size, weight.scheme, weight.scale.dtype)
-    wanted = (module.bits, module.group_size, module.scheme, scale_dtype)
-    if found != wanted:
-        raise ValueError(
-            f"{source.path}: {name} must have bits, group_size, scheme and scale dtype {wanted} "
-            f"as the model has, got {found}"
         )
     return weight.to(device=device, dtype=module.dtype)
 

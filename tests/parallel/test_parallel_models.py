@@ -137,7 +137,7 @@ def test_smollm2(smollm2: Path, world: int, heads: list[list[int]]) -> None:
     assert max(result[0] for result in results) < 1.2 / world
     # Rows are pages of the map, columns are read past it. The kernel maps up to 16 pages around
     # each fault, which is much for tensors this small.
-    assert all(result[3] < 1.4 / world for result in results)
+    assert all(result[3] < 1.3 / world + 0.12 for result in results)
 
 
 def check_generate(rank: int, path: Path, expected: list[int]) -> None:
@@ -174,9 +174,9 @@ def test_in_memory() -> None:
 
 
 def check_refuses(rank: int, path: Path) -> None:
+    model = tiny_llama(hidden_size=320, num_attention_heads=5, num_key_value_heads=1)
+    quantize_(model, QuantizeConfig(group_size=256))
     with pytest.raises(ValueError, match=r"o_proj: .*multiples of 256 columns, so at most 1 ranks"):
-        model = tiny_llama(hidden_size=320, num_attention_heads=5, num_key_value_heads=1)
-        quantize_(model, QuantizeConfig(group_size=256))
         tensor_parallel_(model)
     with pytest.raises(ValueError, match="llama-style"):
         tensor_parallel_(nn.Sequential(nn.Linear(8, 8)))
@@ -267,5 +267,5 @@ def test_dim_plan(tmp_path: Path) -> None:
         merge_shards(tmp_path / number, tmp_path / f"{number}.safetensors")
         got = (tmp_path / f"{number}.safetensors").read_bytes()
         assert got == (tmp_path / "a.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match="no plan"):
         shard_checkpoint(tmp_path / "a.safetensors", tmp_path / "4", 3)
