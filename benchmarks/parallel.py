@@ -299,39 +299,45 @@ def run(args: argparse.Namespace) -> None:
             del model
     if world == 1:
         torch.save(all_logits, args.reference)
-        if cuda and torch.cuda.device_count() > 1:
-            result.update(run_placed(path, size, args.reference))
     elif rank == 0:
         result.update(compare(all_logits, torch.load(args.reference)))
     if rank == 0:
         result["prompt"] = args.prompt
         result["torch"] = torch.__version__
         result["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
-        known = json.loads(args.out.read_text()) if args.out.exists() else []
-        known = [entry for entry in known if entry["world"] != world] + [result]
-        args.out.write_text(json.dumps(known, indent=1) + "\n")
-        print(json.dumps(result), flush=True)
+        save(args.out, result)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_placed(path: Path, size: dict[str, int], reference: Path) -> dict[str, Any]:
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Replace the entry of this number of ranks."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    known = [entry for entry in known if entry["world"] != result["world"]] + [result]
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
+
+
+def run_placed(args: argparse.Namespace) -> None:
     """One process, layers on two GPUs and the last ones on the CPU, against one GPU."""
+    size, path = SIZES[args.size], args.checkpoint / "model.safetensors"
     with torch.inference_mode():
         model = Llama(size, torch.float32)
         load_sharded_(model, path, "cpu")
         placed = place(model, ["cuda:0", "cuda:1", "cpu"], ["1800MiB", "1800MiB", "4GiB"])
         got = logits_of(model, prompt_ids(size, 32, torch.device("cpu")))
     expected = {
-        key: value for key, value in torch.load(reference).items() if key.startswith("float32")
+        key: value for key, value in torch.load(args.reference).items() if key.startswith("float32")
     }
     result = compare({f"float32_{key}": value for key, value in got.items()}, expected)
     result["bytes"] = {str(device): count for device, count in placed.bytes.items()}
-    return {"placed": result}
+    save(args.out, {"world": 0, "placed": result})
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The page's section between its markers."""
+    placed = [entry["placed"] for entry in results if entry["world"] == 0]
+    results = [entry for entry in results if entry["world"] > 0]
     first = results[0]
     lines = [
         "| GPUs | decode, CUDA graph | decode, eager | prefill | bytes read and held per rank | "
@@ -363,6 +369,14 @@ def table(results: list[dict[str, Any]]) -> str:
         "relative, of the logits after a decode step. Command: `torchrun --nproc-per-node N -m "
         "benchmarks.parallel --checkpoint DIR --reference FILE`, N = 1 first.",
     ]
+    for entry in placed:
+        where = ", ".join(f"{n / 1e9:.2f} GB on {device}" for device, n in entry["bytes"].items())
+        lines += [
+            "",
+            f"`place` with {where} in one process, against one GPU: relative error of the logits "
+            f"after a decode step {entry['float32_decode_error']:.1e} (float32). Command: `python "
+            "-m benchmarks.parallel --placed --checkpoint DIR --reference FILE`.",
+        ]
     return "\n".join(lines)
 
 
@@ -379,6 +393,7 @@ def main() -> int:
     """Measure as one rank of torchrun, or write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", action="store_true", help="write the table and stop")
+    parser.add_argument("--placed", action="store_true", help="measure place() instead")
     parser.add_argument("--checkpoint", type=Path, help="directory, written if it has no model")
     parser.add_argument("--reference", type=Path, help="logits of one rank: written, or compared")
     parser.add_argument("--out", type=Path, default=RESULT, help="results, one entry per world")
@@ -389,9 +404,14 @@ def main() -> int:
     if args.report:
         report()
         return 0
-    if "RANK" not in os.environ or args.checkpoint is None or args.reference is None:
-        parser.error("start it with torchrun, and give --checkpoint and --reference")
-    run(args)
+    if args.checkpoint is None or args.reference is None:
+        parser.error("give --checkpoint and --reference")
+    if args.placed:
+        run_placed(args)
+    elif "RANK" in os.environ:
+        run(args)
+    else:
+        parser.error("start it with torchrun")
     return 0
 
 

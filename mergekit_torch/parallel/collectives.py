@@ -23,11 +23,17 @@ _functional = torch.ops._c10d_functional
 
 
 def sum_ranks(x: Tensor, group: str) -> Tensor:
-    """The sum of all ranks' ``x``; its gradient goes to every rank as it is."""
+    """The sum of all ranks' ``x``; its gradient goes to every rank as it is.
+
+    ``x`` has to be the caller's own: without a gradient the sum may take its memory.
+    """
     if x.requires_grad and torch.is_grad_enabled():
         result: Tensor = _SumRanks.apply(x, group)
         return result
-    return _all_reduce(x, group)
+    if torch.compiler.is_compiling() or not x.is_contiguous():
+        return _all_reduce(x, group)
+    # Saves a copy of x, which the functional form makes.
+    return _named(lambda: _wait(_functional.all_reduce_(x, "sum", group)), "all-reduce", x)
 
 
 def sum_gradients(x: Tensor, group: str) -> Tensor:
@@ -48,11 +54,14 @@ def gather_columns(x: Tensor, group: str, rank: int, ranges: Ranges) -> Tensor:
 
 def _all_reduce(x: Tensor, group: str) -> Tensor:
     def run() -> Tensor:
-        reduced = _functional.all_reduce(x.contiguous(), "sum", group)
-        result: Tensor = _functional.wait_tensor(reduced)
-        return result
+        return _wait(_functional.all_reduce(x.contiguous(), "sum", group))
 
     return _named(run, "all-reduce", x)
+
+
+def _wait(x: Tensor) -> Tensor:
+    result: Tensor = _functional.wait_tensor(x)
+    return result
 
 
 def _all_gather(x: Tensor, group: str, ranges: Ranges) -> Tensor:
@@ -63,9 +72,7 @@ def _all_gather(x: Tensor, group: str, ranges: Ranges) -> Tensor:
         rows = torch.nn.functional.pad(rows, (0, widest - rows.shape[-1]))
 
     def run() -> Tensor:
-        gathered = _functional.all_gather_into_tensor(rows.contiguous(), world, group)
-        result: Tensor = _functional.wait_tensor(gathered)
-        return result
+        return _wait(_functional.all_gather_into_tensor(rows.contiguous(), world, group))
 
     parts = _named(run, "all-gather", x).view(world, -1, widest)
     if all(stop - start == widest for start, stop in ranges):
