@@ -1,6 +1,7 @@
 """What the commands share: sizes, tables, progress bars, safe copies of side files."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,38 @@ def rewrite(
             max_shard_size=args.out_shard_size,
             progress=bar.update,
         )
+
+
+def in_torchrun() -> bool:
+    """Whether this is one of several processes that ``torchrun`` has started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rewrite_by_ranks(
+    args: argparse.Namespace,
+    source: Checkpoint | ConvertedCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    description: str,
+) -> bool:
+    """:func:`rewrite` by all processes of a ``torchrun`` job; whether this is the first one."""
+    # torch.distributed takes a second to import.
+    from ..parallel.convert import connect, plan_work, rewrite_on_ranks
+
+    rank, world = connect()
+    plan = plan_work(source, specs, world, args.out_shard_size)
+    own = [plan.files[name] for name, owner in plan.owners.items() if owner == rank]
+    total = sum(source.info(name).nbytes for part in own for name in part)
+    with progress_bar(total if rank == 0 else 0, description) as bar:
+        rewrite_on_ranks(
+            source,
+            args.target,
+            specs,
+            plan,
+            budget=args.budget,
+            resume=args.resume,
+            progress=bar.update if rank == 0 else None,
+        )
+    return rank == 0
 
 
 def check_output(path: Path, force: bool) -> None:
