@@ -34,6 +34,7 @@ from mergekit_torch.checkpoint import CheckpointWriter, TensorSpec
 from mergekit_torch.checkpoint.info import QuantInfo
 from mergekit_torch.nn import QuantizedModule
 from mergekit_torch.parallel import load_sharded_, place, tensor_parallel_
+from mergekit_torch.parallel.collectives import sum_ranks
 
 ROOT = Path(__file__).resolve().parent
 RESULT = ROOT / "results" / "parallel-h200.json"
@@ -45,7 +46,8 @@ SIZES = {
     "tiny": {"hidden": 256, "inner": 704, "heads": 4, "keys": 2, "layers": 2, "vocab": 512},
 }
 GROUP = 64
-CONTEXT = 1024
+PROMPTS = (512, 2048)
+CONTEXT = 2304
 META: dict[str, Any] = {"scale_dtype": torch.bfloat16, "device": "meta"}
 
 
@@ -63,30 +65,32 @@ class Attention(nn.Module):
         self.o_proj = QuantizedLinear(hidden, hidden, dtype=dtype, **kwargs)
         self.cache: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, at: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: int, turn: Tensor) -> Tensor:
         length = x.shape[0]
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(length, -1, self.head_dim).transpose(0, 1)
-
-        q, k = rotate(heads(self.q_proj(x)), turn), rotate(heads(self.k_proj(x)), turn)
-        v = heads(self.v_proj(x))
+        shape = (1, length, -1, self.head_dim)
+        q, k = rotate(self.q_proj(x).view(shape), turn), rotate(self.k_proj(x).view(shape), turn)
+        v = self.v_proj(x).view(shape)
         if self.cache is None:
-            empty = torch.zeros(k.shape[0], CONTEXT, self.head_dim, dtype=x.dtype, device=x.device)
+            empty = torch.zeros(1, CONTEXT, *k.shape[2:], dtype=x.dtype, device=x.device)
             self.cache = (empty, empty.clone())
+        end = start + length
         for stored, new in zip(self.cache, (k, v), strict=True):
-            stored.index_copy_(1, at, new)
+            stored[:, start:end] = new
+        keys, values = (stored[:, :end].transpose(1, 2) for stored in self.cache)
         y = nn.functional.scaled_dot_product_attention(
-            q[None], self.cache[0][None], self.cache[1][None], attn_mask=mask, enable_gqa=True
+            q.transpose(1, 2),
+            keys,
+            values,
+            is_causal=length > 1,
+            enable_gqa=keys.shape[1] != q.shape[2],
         )
-        return self.o_proj(y[0].transpose(0, 1).reshape(length, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(length, -1))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary position embedding; ``turn`` is ``[2, length, head_dim / 2]``, cosine and sine."""
-    a, b = x.float().chunk(2, -1)
-    cos, sin = turn
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Rotary position embedding of pairs; ``turn`` is complex ``[length, 1, head_dim / 2]``."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -113,13 +117,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(size["hidden"], 1e-5, device="meta", dtype=dtype)
         self.mlp = MLP(size, dtype)
 
-    def forward(self, x: Tensor, at: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), at, mask, turn)
+    def forward(self, x: Tensor, start: int, turn: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), start, turn)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """Token ids ``[length]`` at positions ``at`` to the logits of the last one."""
+    """Token ids ``[length]`` from position ``start`` on to the logits of the last one."""
 
     def __init__(self, size: dict[str, int], dtype: torch.dtype) -> None:
         super().__init__()
@@ -133,14 +137,14 @@ class Llama(nn.Module):
             size["hidden"], size["vocab"], False, group_size=GROUP, dtype=dtype, **META
         )
 
-    def forward(self, ids: Tensor, at: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, start: int) -> Tensor:
         x = self.embed_tokens(ids)
         frequency = torch.arange(0, self.head_dim, 2, device=ids.device) / self.head_dim
-        angle = at[:, None] * 10000.0**-frequency
-        turn = torch.stack([angle.cos(), angle.sin()])
-        mask = torch.arange(CONTEXT, device=ids.device)[None] <= at[:, None]
+        at = torch.arange(start, start + len(ids), device=ids.device)
+        angle = at[:, None, None] * 10000.0**-frequency
+        turn = torch.polar(torch.ones_like(angle), angle)
         for layer in self.layers:
-            x = layer(x, at, mask, turn)
+            x = layer(x, start, turn)
         return self.lm_head(self.norm(x[-1:]))
 
 
@@ -202,9 +206,8 @@ def slowest(value: float, device: torch.device) -> float:
 
 def logits_of(model: Llama, ids: Tensor) -> dict[str, Tensor]:
     """Of the last token of a prompt, and of a decode step after it."""
-    positions = torch.arange(len(ids), device=ids.device)
-    prefill = model(ids, positions).float().cpu()
-    decode = model(ids[-1:], positions[-1:] + 1).float().cpu()
+    prefill = model(ids, 0).float().cpu()
+    decode = model(ids[-1:], len(ids)).float().cpu()
     return {"prefill": prefill, "decode": decode}
 
 
@@ -214,32 +217,63 @@ def prompt_ids(size: dict[str, int], length: int, device: torch.device) -> Tenso
     return torch.randint(0, size["vocab"], (length,), generator=generator).to(device)
 
 
-def measure(model: Llama, ids: Tensor) -> dict[str, float]:
-    """Times of the slowest rank."""
-    device, prompt = ids.device, len(ids)
+def measure(model: Llama, size: dict[str, int], device: torch.device) -> dict[str, float]:
+    """Times in milliseconds, of the slowest rank."""
     timer = Timer(device)
-    positions = torch.arange(prompt, device=device)
     times: dict[str, float] = {}
-    times["prefill_ms"] = slowest(timer.median(lambda: model(ids, positions), 5), device)
-    token, at = ids[-1:].clone(), torch.tensor([prompt], device=device)
-    times["decode_eager_ms"] = slowest(timer.median(lambda: model(token, at), 10), device)
-    if device.type == "cuda":
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                model(token, at)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog asks about events meanwhile, which concerns this capture only.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            model(token, at)
 
-        def steps() -> None:
-            for _ in range(20):
-                graph.replay()
+    def note(name: str, run: Callable[[], Any]) -> None:
+        times[f"{name}_eager"] = slowest(timer.median(run, 7), device)
+        if device.type == "cuda":
+            times[name] = slowest(graph_time(run, timer), device)
 
-        times["decode_graph_ms"] = slowest(timer.median(steps, 7) / 20, device)
+    for prompt in PROMPTS:
+        ids = prompt_ids(size, prompt, device)
+        note(f"prefill_{prompt}", lambda ids=ids: model(ids, 0))  # type: ignore[misc]
+    token = prompt_ids(size, 1, device)
+    note("decode", lambda: model(token, PROMPTS[0]))
+    # Where decoding spends its time.
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    inputs = {
+        k: torch.randn(1, k, dtype=torch.bfloat16, device=device)
+        for k in {linear.in_features for linear in linears}
+    }
+
+    def products() -> None:
+        for linear in linears:
+            linear._product(inputs[linear.in_features], None)
+
+    note("products", products)
+    if dist.get_world_size() > 1:
+        group = dist.group.WORLD.group_name
+        row = torch.zeros(1, size["hidden"], dtype=torch.bfloat16, device=device)
+
+        def collectives() -> None:
+            for _ in range(2 * size["layers"]):
+                sum_ranks(row, group)
+
+        note("collectives", collectives)
     return times
+
+
+def graph_time(run: Callable[[], Any], timer: Timer) -> float:
+    """Milliseconds of ``run`` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog asks about events meanwhile, which concerns this capture only.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+
+    def replays() -> None:
+        for _ in range(10):
+            graph.replay()
+
+    return timer.median(replays, 7) / 10
 
 
 def compare(got: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, Any]:
@@ -295,14 +329,13 @@ def run(args: argparse.Namespace) -> None:
                 result["bytes_read"] = int(slowest(report.bytes_read, device))
                 result["bytes_total"] = report.bytes_total
                 result["bytes_held"] = int(slowest(held, device))
-                result.update(measure(model, prompt_ids(size, args.prompt, device)))
+                result.update(measure(model, size, device))
             del model
     if world == 1:
         torch.save(all_logits, args.reference)
     elif rank == 0:
         result.update(compare(all_logits, torch.load(args.reference)))
     if rank == 0:
-        result["prompt"] = args.prompt
         result["torch"] = torch.__version__
         result["device"] = torch.cuda.get_device_name(device) if cuda else "cpu"
         save(args.out, result)
@@ -339,35 +372,51 @@ def table(results: list[dict[str, Any]]) -> str:
     placed = [entry["placed"] for entry in results if entry["world"] == 0]
     results = [entry for entry in results if entry["world"] > 0]
     first = results[0]
-    lines = [
-        "| GPUs | decode, CUDA graph | decode, eager | prefill | bytes read and held per rank | "
-        "logits against one GPU, float32 / bfloat16 |",
-        "|---|---|---|---|---|---|",
-    ]
     one = next(entry for entry in results if entry["world"] == 1)
-    for entry in sorted(results, key=lambda e: e["world"]):
+    results = sorted(results, key=lambda entry: entry["world"])
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
 
-        def ms(key: str, entry: dict[str, Any] = entry) -> str:
-            text = f"{entry[key]:.2f} ms"
-            return text if entry is one else f"{text} ({one[key] / entry[key]:.2f}x)"
+    def milliseconds(key: str, entry: dict[str, Any]) -> str:
+        if key not in entry:
+            return "-"
+        ratio = "" if entry is one or key not in one else f" ({one[key] / entry[key]:.2f}x)"
+        return f"{entry[key]:.2f} ms{ratio}"
 
-        error = "-"
-        if entry is not one:
-            error = f"{entry['float32_decode_error']:.1e} / {entry['bfloat16_decode_error']:.1e}"
-        lines.append(
-            f"| {entry['world']} | {ms('decode_graph_ms')} | {ms('decode_eager_ms')} | "
-            f"{ms('prefill_ms')} | {entry['bytes_read'] / 1e9:.2f} / "
-            f"{entry['bytes_held'] / 1e9:.2f} GB | {error} |"
+    for title, key in (
+        ("decode, one token", "decode"),
+        ("- products with weights alone", "products"),
+        ("- sums over ranks alone", "collectives"),
+        *[(f"prefill, {n} tokens", f"prefill_{n}") for n in PROMPTS],
+        ("decode, eager", "decode_eager"),
+        *[(f"prefill, {n} tokens, eager", f"prefill_{n}_eager") for n in PROMPTS],
+    ):
+        rows.append((title, lambda entry, key=key: milliseconds(key, entry)))  # type: ignore[misc]
+    rows.append(("bytes read by each rank", lambda entry: f"{entry['bytes_read'] / 1e9:.2f} GB"))
+    rows.append(("bytes held by each rank", lambda entry: f"{entry['bytes_held'] / 1e9:.2f} GB"))
+    rows.append(("loading, file in the page cache", lambda entry: f"{entry['load_s']:.2f} s"))
+    for title, dtype in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        rows.append(
+            (
+                f"logits against one GPU, {title}",
+                lambda entry, dtype=dtype: (  # type: ignore[misc]
+                    "-" if entry is one else f"{entry[f'{dtype}_decode_error']:.1e}"
+                ),
+            )
         )
-    lines += [
+    lines = [
+        "| | " + " | ".join(f"{e['world']} GPU{'s' * (e['world'] > 1)}" for e in results) + " |",
+        "|---" * (len(results) + 1) + "|",
+        *[f"| {title} | " + " | ".join(show(e) for e in results) + " |" for title, show in rows],
         "",
-        f"{first['device']}s of one host, NCCL, torch {first['torch']}; hidden {first['hidden']}, "
-        f"intermediate {first['inner']}, {first['heads']} heads, {first['layers']} layers, "
-        f"vocabulary {first['vocab']}, 4-bit affine groups of {first['group_size']} with bfloat16 "
-        f"scales, random weights ({first['bytes_total'] / 1e9:.2f} GB); bfloat16 activations; "
-        f"prompt of {first['prompt']} tokens, decoding at a cache of {CONTEXT}. Errors are "
-        "relative, of the logits after a decode step. Command: `torchrun --nproc-per-node N -m "
-        "benchmarks.parallel --checkpoint DIR --reference FILE`, N = 1 first.",
+        f"{first['device']}s of one host (NVLink, no multicast), NCCL, torch {first['torch']}; "
+        f"hidden {first['hidden']}, intermediate {first['inner']}, {first['heads']} heads, "
+        f"{first['layers']} layers, vocabulary {first['vocab']}, 4-bit affine groups of "
+        f"{first['group_size']} with bfloat16 scales, random weights "
+        f"({first['bytes_total'] / 1e9:.2f} GB), bfloat16 activations, decoding after "
+        f"{PROMPTS[0]} tokens. Times are of CUDA graphs, collectives included, unless they say "
+        "eager; medians, of the slowest rank. Errors are relative, of the logits after a decode "
+        "step. Command: `torchrun --nproc-per-node N -m benchmarks.parallel --checkpoint DIR "
+        "--reference FILE`, N = 1 first.",
     ]
     for entry in placed:
         where = ", ".join(f"{n / 1e9:.2f} GB on {device}" for device, n in entry["bytes"].items())
@@ -398,7 +447,6 @@ def main() -> int:
     parser.add_argument("--reference", type=Path, help="logits of one rank: written, or compared")
     parser.add_argument("--out", type=Path, default=RESULT, help="results, one entry per world")
     parser.add_argument("--size", choices=tuple(SIZES), default="7b")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--cpu", action="store_true", help="gloo, to try the program")
     args = parser.parse_args()
     if args.report:

@@ -69,7 +69,7 @@ def convert(
                 checkpoint, target, specs, plan, budget="4MiB", resume=resume, progress=progress
             )
         else:
-            with pytest.raises(ConnectionError, match="another rank has ended.*--resume"):
+            with pytest.raises(ConnectionError, match=r"another rank has ended.*--resume"):
                 rewrite_on_ranks(checkpoint, target, specs, plan, budget="4MiB", progress=progress)
         return sum(checkpoint.info(name).nbytes for part in own for name in part)
 
