@@ -245,7 +245,8 @@ def measure(model: Llama, size: dict[str, int], device: torch.device) -> dict[st
 
     note("products", products)
     if dist.get_world_size() > 1:
-        group = dist.group.WORLD.group_name
+        world: Any = dist.group.WORLD
+        group: str = world.group_name
         row = torch.zeros(1, size["hidden"], dtype=torch.bfloat16, device=device)
 
         def collectives() -> None:
@@ -297,7 +298,7 @@ def run(args: argparse.Namespace) -> None:
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=timedelta(seconds=120),
-        **({"device_id": device} if cuda else {}),
+        device_id=device if cuda else None,
     )
     size = SIZES[args.size]
     path = args.checkpoint / "model.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .info import SAFETENSORS_DTYPES
@@ -45,7 +46,7 @@ def read_part(
     file = entry.file
 
     def columns(stored: StoredTensor, dtype: Any, first: int, last: int) -> Tensor:
-        cut: list[int | slice] = [slice(None)] * (ndim - 1) + [slice(first, last)]
+        cut = [*index[:-1], slice(first, last)]
         return read_slice(file.opened(), file.path, memory, stored.begin, stored.shape, dtype, cut)
 
     info = entry.quantization
@@ -71,7 +72,7 @@ def read_part(
     assert isinstance(entry.stored, dict)
     parts = {}
     for part, stored in entry.stored.items():
-        wanted = getattr(layout, part)  # type: ignore[arg-type]
+        wanted = getattr(layout, part)
         first = start * info.bits // 8 if part == "codes" else start // info.group_size
         parts[part] = columns(
             stored, SAFETENSORS_DTYPES[stored.code], first, first + wanted.shape[-1]

@@ -132,9 +132,7 @@ def _needed(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[nn.Module,
     yield from list(found.values())
 
 
-def _quantized(
-    module: QuantizedModule, name: str, source: PartSource, device: torch.device
-) -> QuantizedTensor:
+def _quantized(module: QuantizedModule, name: str, source: PartSource, device: torch.device) -> Any:
     spec = source.spec(name)
     rows, columns = module._weight_size()
     shape = [rows, columns]
@@ -159,7 +157,8 @@ def _quantized(
         weight = QuantizedTensor.from_float(
             weight.to(device), module.bits, module.group_size, module.scheme, scale_dtype
         )
-    return weight.to(device=device, dtype=module.dtype)
+    result: Any = weight.to(device=device, dtype=module.dtype)
+    return result
 
 
 def _plain(

@@ -121,7 +121,7 @@ def local_of(tensor: DTensor) -> Tensor:
     """This rank's memory of a DTensor that :func:`as_dtensor` or torch made."""
     local = tensor.to_local()
     if isinstance(local, LocalShardsWrapper):
-        return cast(Tensor, local.local_shards()[0])
+        return local.local_shards()[0]
     return local
 
 
@@ -214,7 +214,7 @@ class ParallelModule(QuantizedModule):
             y = gather_columns(y, self._group, part.rank, part.ranges)
             if layouts.use_local_output and target == Replicate():
                 return y
-            whole = DTensor.from_local(y, part.mesh, [Replicate()], run_check=False)
+            whole: Any = DTensor.from_local(y, part.mesh, [Replicate()], run_check=False)
         else:
             shape = torch.Size((*y.shape[:-1], part.size))
             stride = torch.empty(shape, device="meta").stride()
@@ -231,15 +231,14 @@ class ParallelModule(QuantizedModule):
             y = sum_ranks(y, self._group)
             return y if bias is None else y + bias.to(y.dtype)
         mesh = self.part.mesh
-        whole = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+        whole: Any = DTensor.from_local(y, mesh, [Partial()], run_check=False)
         whole = whole.redistribute(placements=[target])
         if bias is not None:
             same = DTensor.from_local(bias.to(y.dtype), mesh, [Replicate()], run_check=False)
             whole = whole + same
         return self._leave(whole, target)
 
-    def _leave(self, whole: Tensor, target: Placement) -> Tensor:
-        assert isinstance(whole, DTensor)
+    def _leave(self, whole: DTensor, target: Placement) -> Tensor:
         whole = whole.redistribute(placements=[target])
         return whole.to_local() if self.layouts.use_local_output else whole
 

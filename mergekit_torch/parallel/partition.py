@@ -152,7 +152,7 @@ def _padded(tensor: Tensor, dim: int, rank: int, world: int, unit: int) -> Any:
         rows = _padded(tensor.transpose(-1, -2), other.get(dim, dim), rank, world, unit)
         return rows.transpose(-1, -2)
     columns = dim == tensor.dim() - 1
-    part = tensor.narrow(dim, start, stop - start)
+    part: Any = tensor.narrow(dim, start, stop - start)
     # With one group per row that group may become longer than it was.
     group_size = max(tensor.group_size, local) if columns and unit < 16 else tensor.group_size
     lengths = {}

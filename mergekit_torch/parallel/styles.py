@@ -150,8 +150,11 @@ class RowwiseParallel(_Shared, torch_style.RowwiseParallel):
 
 def quantized_style(style: Any) -> Any:
     """Our style with the layouts of one of torch's; anything else as it is."""
-    for own in (ColwiseParallel, RowwiseParallel):
-        theirs = own.__mro__[2]
+    known: dict[type, Any] = {
+        torch_style.ColwiseParallel: ColwiseParallel,
+        torch_style.RowwiseParallel: RowwiseParallel,
+    }
+    for theirs, own in known.items():
         if type(style) is theirs:
             return own(
                 input_layouts=style.input_layouts[0],
