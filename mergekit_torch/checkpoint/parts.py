@@ -54,8 +54,6 @@ def read_part(
         assert isinstance(entry.stored, StoredTensor)
         return columns(entry.stored, _plain_dtype(entry), start, stop)
     # Checked and described by the class itself, on a weight without memory.
-    import torch
-
     from mergekit_torch.tensor import QuantizedTensor
 
     meta = {

@@ -7,6 +7,7 @@ spreads a model over the devices of one process. ``transformers.load_parallel`` 
 transformers model.
 """
 
+from . import dispatch  # noqa: F401  registers itself
 from .files import merge_shards, plan_shards, shard_checkpoint
 from .loading import LoadReport, load_sharded_
 from .modules import ParallelModule, Part

@@ -154,14 +154,14 @@ def quantized_style(style: Any) -> Any:
         torch_style.ColwiseParallel: ColwiseParallel,
         torch_style.RowwiseParallel: RowwiseParallel,
     }
-    for theirs, own in known.items():
-        if type(style) is theirs:
-            return own(
-                input_layouts=style.input_layouts[0],
-                output_layouts=style.output_layouts[0],
-                use_local_output=style.use_local_output,
-            )
-    return style
+    own = known.get(type(style))
+    if own is None:
+        return style
+    return own(
+        input_layouts=style.input_layouts[0],
+        output_layouts=style.output_layouts[0],
+        use_local_output=style.use_local_output,
+    )
 
 
 def _local_part(weight: QuantizedTensor, part: Part, source: int | None) -> QuantizedTensor:

@@ -12,7 +12,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.parallel import style as torch_style
 
-from mergekit_torch import QuantizeConfig, QuantizedEmbedding, QuantizedLinear, quantize_
+from mergekit_torch import (
+    QuantizeConfig,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedTensor,
+    quantize_,
+)
 from mergekit_torch.parallel import ColwiseParallel, RowwiseParallel, tensor_parallel_
 from mergekit_torch.parallel.plans import Heads, split_heads
 
@@ -146,6 +152,57 @@ def check_layouts(rank: int) -> None:
 
 def test_layouts() -> None:
     run_ranks(2, check_layouts)
+
+
+def check_torch_styles(rank: int) -> None:
+    """torch's own styles, on ordinary modules whose weights are QuantizedTensors."""
+    m = mesh()
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[0, 9], [5, 4]])
+    for scheme in ("symmetric", "asymmetric", "affine"):
+        for source in (None, 0):
+
+            def layer(kind: Any, *size: int, group_size: int = 32) -> Any:
+                # With a source the other ranks' weights do not matter.
+                torch.manual_seed(0 if source is None else rank)  # noqa: B023
+                module = kind(*size)
+                weight = QuantizedTensor.from_float(
+                    module.weight.detach(),
+                    4,
+                    group_size,
+                    scheme,  # noqa: B023
+                )
+                module.weight = nn.Parameter(weight, requires_grad=False)
+                return module
+
+            torch.manual_seed(0)
+            dense = nn.Linear(192, 64)
+            weight = QuantizedTensor.from_float(dense.weight.detach(), 4, 32, scheme)
+            expected = nn.functional.linear(x, weight, dense.bias)
+            colwise = torch_style.ColwiseParallel()
+            split = parallelize_module(layer(nn.Linear, 192, 64), m, colwise, src_data_rank=source)
+            assert isinstance(split.weight.to_local(), QuantizedTensor)
+            close(split(x), expected.chunk(2, -1)[rank])
+            rowwise = torch_style.RowwiseParallel()
+            split = parallelize_module(layer(nn.Linear, 192, 64), m, rowwise, src_data_rank=source)
+            assert split.weight.to_local().in_features == 96
+            close(split(x.chunk(2, -1)[rank]), expected)
+            with pytest.raises(ValueError, match=r"must start at a multiple of 64"):
+                parallelize_module(
+                    layer(nn.Linear, 192, 64, group_size=64), m, rowwise, src_data_rank=source
+                )
+            torch.manual_seed(0)
+            table = nn.Embedding(10, 64)
+            whole = QuantizedTensor.from_float(table.weight.detach(), 4, 32, scheme)
+            vocabulary = torch_style.RowwiseParallel(input_layouts=Replicate())
+            split = parallelize_module(
+                layer(nn.Embedding, 10, 64), m, vocabulary, src_data_rank=source
+            )
+            assert torch.equal(split(ids), nn.functional.embedding(ids, whole))
+
+
+def test_torch_styles() -> None:
+    run_ranks(2, check_torch_styles)
 
 
 def check_refusals(rank: int) -> None:
