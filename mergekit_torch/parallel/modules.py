@@ -95,6 +95,28 @@ def _chunks(size: int, world: int) -> Ranges:
     return tuple((min(i * step, size), min((i + 1) * step, size)) for i in range(world))
 
 
+class UnevenPart(LocalShardsWrapper):
+    """The local part of a DTensor whose parts are not those of ``Shard``.
+
+    Knows its own offset, which is all that checkpoints need. torch's redistribution would take the
+    other ranks' parts for as large as this one, so it is refused.
+    """
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace != "aten":
+            raise NotImplementedError(
+                f"{func}: the tensor is split unevenly over ranks, which DTensor cannot gather or "
+                "redistribute; save it with torch.distributed.checkpoint, which can"
+            )
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, LocalShardsWrapper):  # torch's handlers make the base class
+            return cls(result.local_shards(), result.local_offsets())
+        return result
+
+
 def as_dtensor(local: Tensor, part: Part, dim: int, size: int, ranges: Ranges) -> DTensor:
     """A DTensor of the whole component on this rank's part, sharing its memory.
 
@@ -111,7 +133,7 @@ def as_dtensor(local: Tensor, part: Part, dim: int, size: int, ranges: Ranges) -
     elif ranges != _chunks(size, part.world):
         offset = [0] * local.dim()
         offset[dim] = ranges[part.rank][0]
-        inner = LocalShardsWrapper([local], [tuple(offset)])
+        inner = UnevenPart([local], [tuple(offset)])
     return DTensor.from_local(
         inner, part.mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride
     )

@@ -269,3 +269,29 @@ def test_dim_plan(tmp_path: Path) -> None:
         assert got == (tmp_path / "a.safetensors").read_bytes()
     with pytest.raises(ValueError, match="no plan"):
         shard_checkpoint(tmp_path / "a.safetensors", tmp_path / "4", 3)
+
+
+def test_commands(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mergekit_torch.cli.main import main
+
+    four, two, back = (str(tmp_path / name) for name in ("4", "2", "back"))
+    assert main(["shard", str(llama), four, "--world", "4"]) == 0
+    assert "are split" in capsys.readouterr().out
+    assert main(["shard", four, two, "--world", "2"]) == 0
+    assert main(["merge-shards", two, back]) == 0
+    with open_checkpoint(llama) as a, open_checkpoint(back) as b:
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "back" / "config.json").exists()
+    assert not (tmp_path / "back" / "shards.json").exists()
+    capsys.readouterr()
+    assert main(["shard", str(llama), four, "--world", "2"]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["shard", str(llama), four, "--world", "2", "--force"]) == 0
+    assert len(list((tmp_path / "4").glob("rank-*"))) == 2  # the old four are gone
+    assert main(["shard", str(llama), str(tmp_path / "x"), "--world", "9"]) == 1
+    assert "at most" in capsys.readouterr().err
+    assert main(["shard", str(llama), str(tmp_path / "x"), "--world", "2", "--dim-plan", "a"]) == 1
+    assert "--dim-plan must be" in capsys.readouterr().err
+    assert main(["merge-shards", str(llama), str(tmp_path / "x")]) == 1
+    assert "holds no shards.json" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
