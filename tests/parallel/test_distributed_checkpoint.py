@@ -1,5 +1,6 @@
 """State dicts of split models through torch.distributed.checkpoint, resharded on load."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import run_ranks
-from test_parallel_models import IDS, logits, tiny_llama
+from test_parallel_models import logits, tiny_llama
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
@@ -75,6 +76,11 @@ def load(rank: int, path: Path, even: bool, expected: torch.Tensor) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def load_and_save(rank: int, source: Path, target: Path, even: bool, expected: Any) -> None:
+    load(rank, source, even, expected)
+    save(rank, target, even)
+
+
 def load_alone(path: Path, even: bool) -> Any:
     model = llama(even, fill=False)
     state = model.state_dict()
@@ -88,10 +94,8 @@ def test_reshard(tmp_path: Path, even: bool) -> None:
     expected = logits(llama(even, fill=True))
     alone = llama(even, fill=True).state_dict()
     dcp.save(alone, storage_writer=FileSystemWriter(tmp_path / "1"), no_dist=True)
-    run_ranks(4, load, tmp_path / "1", even, expected)
-    run_ranks(4, save, tmp_path / "4", even)
-    run_ranks(2, load, tmp_path / "4", even, expected)
-    run_ranks(2, save, tmp_path / "2", even)
+    run_ranks(4, load_and_save, tmp_path / "1", tmp_path / "4", even, expected)
+    run_ranks(2, load_and_save, tmp_path / "4", tmp_path / "2", even, expected)
     model = load_alone(tmp_path / "2", even)
     assert torch.equal(logits(model), expected)
     for name, tensor in model.state_dict().items():
@@ -107,8 +111,5 @@ def test_files_hold_plain_tensors(tmp_path: Path) -> None:
     for info in metadata.storage_data.values():
         with open(tmp_path / "2" / info.relative_path, "rb") as file:
             file.seek(info.offset)
-            import io
-
             tensor = torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
         assert type(tensor) is torch.Tensor
-    assert IDS is not None
