@@ -15,7 +15,14 @@ TIMEOUT = 120.0
 _context = multiprocessing.get_context("forkserver")
 # Imported once, by a process that computes nothing: forks of it start in milliseconds, and no
 # thread pool exists yet that a fork would break.
-_context.set_forkserver_preload(["mergekit_torch.parallel", "transformers.models.llama"])
+_context.set_forkserver_preload(
+    [
+        "mergekit_torch.parallel.transformers",
+        "torch.distributed.checkpoint",
+        "transformers.models.llama.modeling_llama",
+        "pytest",
+    ]
+)
 
 
 def run_ranks(
