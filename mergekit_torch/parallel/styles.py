@@ -47,6 +47,9 @@ class _Shared:
         # output, columns are to its.
         return 1 - self._dim if isinstance(module, QuantizedEmbedding) else self._dim
 
+    def _input_layout(self, module: QuantizedModule) -> Any:
+        return self.input_layouts[0]
+
     def _check_quantized(self, module: QuantizedModule, world: int) -> None:
         """Raise ValueError if ``module`` cannot be split over ``world`` ranks."""
         self._ranges(module, world)
@@ -83,7 +86,8 @@ class _Shared:
         if ranges is None:
             ranges = self._ranges(module, mesh.size())
         part = Part(mesh, dim, weight.shape[dim], ranges)
-        layouts = Layouts(self.input_layouts[0], self.output_layouts[0], self.use_local_output)
+        source = self._input_layout(module)
+        layouts = Layouts(source, self.output_layouts[0], self.use_local_output)
         local = _local_part(weight, part, self.src_data_rank)
         if self.src_data_rank is not None and module._parameters.get("bias") is not None:
             _broadcast(module._parameters["bias"], mesh, self.src_data_rank)
@@ -139,10 +143,13 @@ class RowwiseParallel(_Shared, torch_style.RowwiseParallel):
         super().__init__(**layouts)
         self._input_given = layouts.get("input_layouts") is not None
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _input_layout(self, module: QuantizedModule) -> Any:
         if isinstance(module, QuantizedEmbedding) and not self._input_given:
             # torch wants this spelled out; a vocabulary has no other sensible input.
-            self.input_layouts = (torch_style.Replicate(),)
+            return torch_style.Replicate()
+        return super()._input_layout(module)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
             return self._apply_quantized(module, device_mesh, None)
         return super()._apply(module, device_mesh)

@@ -1,5 +1,6 @@
 """Whole models, split as they are loaded: logits are those of one process."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from processes import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from mergekit_torch import QuantizeConfig, open_checkpoint, quantize_
+from mergekit_torch import QuantizeConfig, dequantize_, open_checkpoint, quantize_
 from mergekit_torch.checkpoint import ConvertedCheckpoint
 from mergekit_torch.integrations.transformers import load_native, save_native
 from mergekit_torch.memory import rewrite_checkpoint
@@ -195,6 +196,12 @@ def check_refuses(rank: int, path: Path) -> None:
     model = tiny_llama()
     quantize_(model, QuantizeConfig(group_size=16))
     tensor_parallel_(model)
+    # A part must not be taken for the whole.
+    for use in (lambda: save_native(model, path / "part"), lambda: dequantize_(model)):
+        with pytest.raises(ValueError, match="one rank's part of a weight"):
+            use()
+    split = copy.deepcopy(model)
+    assert torch.equal(logits(split), logits(model))
     with pytest.raises(ValueError, match=r"down_proj\.weight must have bits"):
         load_sharded_(model, path)
 
