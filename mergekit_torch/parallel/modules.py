@@ -113,7 +113,7 @@ class UnevenPart(LocalShardsWrapper):
             )
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if isinstance(result, LocalShardsWrapper):  # torch's handlers make the base class
-            return cls(result.local_shards(), result.local_offsets())
+            return cls(result.local_shards(), [tuple(o) for o in result.local_offsets()])
         return result
 
 
