@@ -145,8 +145,8 @@ def table(report: dict[str, Any]) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"Loading the 4-bit model into modules takes {report['load_seconds']:.2f} s. Of a token "
-            f"decoded in eager mode our ops take {1e3 * report['kernels_per_token']:.1f} ms "
+            f"Loading the 4-bit model into modules takes {report['load_seconds']:.2f} s. Of a "
+            f"token decoded in eager mode our ops take {1e3 * report['kernels_per_token']:.1f} ms "
             f"({share:.0%}); the rest is torch's and transformers' own Python and small ops. "
             f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
             f"transformers {machine['transformers']}. Command: `{report['command']}`.",
