@@ -5,10 +5,11 @@
 #include "cpu/limbs.h"
 
 #if defined(__clang__)
-#define MKRS_VNNI_BEGIN                                                                     \
-  _Pragma(                                                                                  \
-      "clang attribute push(__attribute__((target(\"avx2,fma,f16c,bmi2,avx512f,avx512bw,\"" \
-      "\"avx512dq,avx512vl,avx512vnni\"))), apply_to = function)")
+#define MKRS_PRAGMA(x) _Pragma(#x)
+#define MKRS_VNNI_BEGIN                                                                            \
+  MKRS_PRAGMA(clang attribute push(                                                                \
+      __attribute__((target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+      apply_to = function))
 #define MKRS_VNNI_END _Pragma("clang attribute pop")
 #else
 // GCC 12's own intrinsics headers trip the uninitialized warnings.
