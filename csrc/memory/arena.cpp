@@ -20,26 +20,56 @@ int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-void* map_pages(int64_t bytes) {
-  // Huge pages need an aligned start: map a huge page more than needed and cut the ends off.
-  const bool huge = bytes >= kHugePage;
-  const int64_t length = huge ? bytes + kHugePage : bytes;
-  void* found = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+void advise_huge(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  // An advice: kernels without huge pages refuse it and nothing is lost.
+  madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+}
+
+// Pages from the start of a huge page on, or nullptr.
+char* map_aligned(int64_t bytes, int protection) {
+  // Map a huge page more than needed and cut the ends off.
+  const int64_t length = bytes + kHugePage;
+  void* found = mmap(nullptr, length, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (found == MAP_FAILED) return nullptr;
-  if (!huge) return found;
   char* begin = static_cast<char*>(found);
   char* data = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(begin), kHugePage));
   char* end = begin + length;
   if (data > begin) munmap(begin, data - begin);
   if (end > data + bytes) munmap(data + bytes, end - (data + bytes));
-#ifdef MADV_HUGEPAGE
-  // An advice: kernels without huge pages refuse it and nothing is lost.
-  madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+  advise_huge(data, bytes);
   return data;
 }
 
 }  // namespace
+
+PageSource::~PageSource() {
+  if (next_ < end_) munmap(next_, end_ - next_);
+}
+
+char* PageSource::take(int64_t bytes) {
+  const int protection = PROT_READ | PROT_WRITE;
+  if (bytes >= kPackedBytes) return map_aligned(bytes, protection);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (end_ - next_ < bytes) {
+    if (next_ < end_) munmap(next_, end_ - next_);
+    // Without access it counts against no limit but that of the address space.
+    next_ = ready_ = map_aligned(kReserved, PROT_NONE);
+    end_ = next_ == nullptr ? nullptr : next_ + kReserved;
+    if (next_ == nullptr) return map_aligned(bytes, protection);
+  }
+  // Up to a huge page's end: a part of one would be faulted in small pages.
+  char* wanted = next_ + bytes;
+  if (wanted > ready_) {
+    char* ready = ready_ + round_up(wanted - ready_, kHugePage);
+    if (mprotect(ready_, ready - ready_, protection) != 0) return nullptr;
+    ready_ = ready;
+  }
+  char* data = next_;
+  next_ = wanted;
+  return data;
+}
 
 void retain(Block* block) {
   block->refs.fetch_add(1, std::memory_order_relaxed);
@@ -183,7 +213,7 @@ Stats Arena::stats() const {
 void Arena::allocate(Block* block) {
   block->mapped = block->size >= kMapBytes;
   if (block->mapped) {
-    block->data = static_cast<char*>(map_pages(block->size));
+    block->data = pages_.take(block->size);
     return;
   }
   const int64_t alignment = block->size >= page_size() ? page_size() : kAlignment;
