@@ -19,8 +19,10 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.pread import READ_THREADS
 from ..checkpoint.rows import read_rows, row_count, row_layout
+from ..checkpoint.writer import parse_size
 from ..tensor import QuantizedTensor
 from .arena import Arena, Block, BudgetError
+from .upload import Target, Uploader
 
 __all__ = ["CacheStats", "TensorCache"]
 
@@ -74,6 +76,7 @@ class _Entry:
     users: int = 0  # requests between finding the entry and having its tensor
     pins: int = 0
     fresh: bool = False  # prefetched and not asked for yet
+    copied: torch.cuda.Event | None = None  # its copy to a GPU
 
 
 class TensorCache:
@@ -87,8 +90,10 @@ class TensorCache:
       before and not used yet.
 
     Tensors of a checkpoint are as :class:`~mergekit_torch.checkpoint.Checkpoint` has them:
-    quantized ones are QuantizedTensors. On devices other than the CPU they are loaded through a
-    small buffer in row blocks.
+    quantized ones are QuantizedTensors. On devices other than the CPU they are loaded through
+    small buffers in row blocks; on CUDA these are page-locked and copied on a stream of their own.
+    :meth:`get` then has the current stream wait for the copy, not the host. A tensor that another
+    stream uses needs ``record_stream``'s care: let go of it when that stream is done.
 
     Args:
         checkpoint: an open checkpoint; it stays the caller's to close.
@@ -96,9 +101,11 @@ class TensorCache:
         budget: most bytes, or like ``"512MiB"``.
         threads: that read one tensor at once.
         backend: as for :class:`Arena`.
+        host_budget: for CUDA: most bytes of page-locked host memory that keep what was read, so
+            that it need not be read again. None: nothing is kept.
 
     Raises:
-        ValueError: a budget that is not a size.
+        ValueError: a budget that is not a size, or a host_budget on another device.
 
     Example::
 
@@ -115,14 +122,21 @@ class TensorCache:
         *,
         threads: int = READ_THREADS,
         backend: Literal["native", "torch"] | None = None,
+        host_budget: int | str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        if host_budget is not None and self.device.type != "cuda":
+            raise ValueError(f"host_budget is for CUDA devices, got device {self.device}")
         self._arena = Arena(self.device, budget, backend=backend)
         assert self._arena.budget is not None
         #: Bytes that are never exceeded.
         self.budget: int = self._arena.budget
         self._threads = threads
+        self._uploader: Uploader | None = None
+        if self.device.type == "cuda":
+            kept = 0 if host_budget is None else parse_size(host_budget)
+            self._uploader = Uploader(self.device, kept)
         self._condition = threading.Condition(threading.RLock())
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._layouts: dict[str, dict[str, _Part]] = {}
@@ -151,6 +165,8 @@ class TensorCache:
         """
         entry = self._use(name)
         try:
+            if self._uploader is not None:
+                self._uploader.use(entry.copied)
             return self._tensor(entry)
         finally:
             with self._condition:
@@ -276,6 +292,8 @@ class TensorCache:
                     entry.block.release()
             self._entries.clear()
             self._arena.close()
+        if self._uploader is not None:
+            self._uploader.close()
 
     def __enter__(self) -> TensorCache:
         return self
@@ -331,7 +349,7 @@ class TensorCache:
         try:
             block = self._reserve(_total(layout), entry.name, wait)
             try:
-                self._read(entry.name, block, layout, threads)
+                entry.copied = self._read(entry.name, block, layout, threads)
             finally:
                 with self._condition:
                     self._loading -= 1
@@ -361,7 +379,8 @@ class TensorCache:
             while True:
                 self._check_open()
                 try:
-                    block = self._arena.block(nbytes)
+                    with self._uploader.allocating() if self._uploader else _NOTHING:
+                        block = self._arena.block(nbytes)
                     self._loading += 1  # from here on others may wait for this load
                     return block
                 except BudgetError as error:
@@ -435,17 +454,27 @@ class TensorCache:
                         self._wanted.appendleft(name)
                     self._condition.wait(0.002)
 
-    def _read(self, name: str, block: Block, layout: dict[str, _Part], threads: int) -> None:
+    def _read(
+        self, name: str, block: Block, layout: dict[str, _Part], threads: int
+    ) -> torch.cuda.Event | None:
+        """Fill a block; the event says when its copy to a GPU is done."""
         info = self.checkpoint.info(name)
         rows = row_count(info.shape)
         flat = {
             part: block.tensor(p.offset, (rows, _columns(p.shape, rows)), p.dtype)
             for part, p in layout.items()
         }
+        if self._uploader is not None:
+            return self._uploader.upload(
+                name,
+                block.tensor(0, (_total(layout),), torch.uint8),
+                {part: Target(p.offset, flat[part]) for part, p in layout.items()},
+                lambda begin, out: read_rows(self.checkpoint, name, begin, out, threads=threads),
+            )
         direct = self.device.type == "cpu" and (info.quantization is None or bool(info.parts))
         if direct:
             read_rows(self.checkpoint, name, 0, flat, threads=threads)
-            return
+            return None
         row_bytes = sum(t.shape[1] * t.element_size() for t in flat.values())
         step = max(1, _STAGING // max(1, row_bytes))
         for begin in range(0, rows, step):
@@ -456,6 +485,7 @@ class TensorCache:
             read_rows(self.checkpoint, name, begin, staging, threads=threads)
             for part, tensor in flat.items():
                 tensor[begin : begin + count].copy_(staging[part])
+        return None
 
     def _tensor(self, entry: _Entry) -> Any:
         assert entry.block is not None
@@ -492,6 +522,9 @@ class TensorCache:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the cache must be open, got a closed one")
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class _GaveWay(Exception):

@@ -278,6 +278,7 @@ def stream(
     budget: int | str = "1GiB",
     *,
     backend: Literal["native", "torch"] | None = None,
+    host_budget: int | str | None = None,
 ) -> StreamedModel:
     """Run ``model`` with weights that are loaded when a module runs and let go of after it.
 
@@ -301,6 +302,8 @@ def stream(
             moved there.
         budget: most bytes of weights, or like ``"512MiB"``; activations are not counted.
         backend: as for :class:`Arena`.
+        host_budget: as for :class:`TensorCache`: page-locked memory for weights on their way to a
+            CUDA device.
 
     Raises:
         KeyError: a parameter or persistent buffer that the checkpoint does not have.
@@ -312,7 +315,7 @@ def stream(
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     cache = None
     try:
-        cache = TensorCache(opened, device, budget, backend=backend)
+        cache = TensorCache(opened, device, budget, backend=backend, host_budget=host_budget)
         streamed = StreamedModel(model, cache, owns)
     except BaseException:
         if cache is not None:

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import shutil
 import subprocess
 import threading
@@ -100,7 +101,7 @@ def test_large_blocks_share_huge_pages_with_their_neighbours():
     blocks = [arena.empty(step - 100, dtype=torch.uint8) for _ in range(200)]  # more than 1 GiB
     addresses = [block.data_ptr() for block in blocks]
     assert addresses[0] % (2 << 20) == 0
-    gaps = [b - a for a, b in zip(addresses, addresses[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(addresses)]
     assert sum(gap != step for gap in gaps) <= 1  # where the reserved addresses end
     for i, block in enumerate(blocks[:8]):
         block.fill_(i)

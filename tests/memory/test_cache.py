@@ -71,6 +71,11 @@ def test_tensors_are_the_checkpoints(checkpoint, backend, budget):
         assert tensors.stats().peak <= tensors.budget
 
 
+def test_host_budget_is_for_cuda(checkpoint):
+    with pytest.raises(ValueError, match="host_budget is for CUDA"):
+        TensorCache(checkpoint, "cpu", "1MiB", host_budget="1MiB")
+
+
 def test_counters(checkpoint):
     with TensorCache(checkpoint, "cpu", 3 * PAGE) as tensors:
         a = tensors["t0"]  # 2 KiB
