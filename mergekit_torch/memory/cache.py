@@ -77,6 +77,7 @@ class _Entry:
     pins: int = 0
     fresh: bool = False  # prefetched and not asked for yet
     copied: torch.cuda.Event | None = None  # its copy to a GPU
+    idle: torch.cuda.Event | None = None  # the last work that used it there, if that is known
 
 
 class TensorCache:
@@ -166,6 +167,7 @@ class TensorCache:
         entry = self._use(name)
         try:
             if self._uploader is not None:
+                entry.idle = None
                 self._uploader.use(entry.copied)
             return self._tensor(entry)
         finally:
@@ -230,9 +232,21 @@ class TensorCache:
                 self._worker.start()
             self._condition.notify_all()
 
-    def notify(self) -> None:
-        """Tell a waiting prefetch that tensors have been let go of; it looks by itself as well."""
+    def notify(self, names: Iterable[str] = ()) -> None:
+        """Tell a waiting prefetch that tensors have been let go of; it looks by itself as well.
+
+        Args:
+            names: of them. On a GPU their memory can then be used again when what the current
+                stream was given so far is done, instead of all that it will have been given by
+                then.
+        """
         with self._condition:
+            if self._uploader is not None:
+                mark = None
+                for name in names:
+                    entry = self._entries.get(name)
+                    if entry is not None and self._evictable(entry):
+                        entry.idle = mark = mark or self._uploader.mark()
             self._condition.notify_all()
 
     def nbytes(self, name: str) -> int:
@@ -289,6 +303,9 @@ class TensorCache:
         with self._condition:
             for entry in self._entries.values():
                 if entry.block is not None:
+                    if self._uploader is not None:
+                whole = entry.block.tensor(0, (0,), torch.uint8)
+                        self._uploader.leave(whole)
                     entry.block.release()
             self._entries.clear()
             self._arena.close()
@@ -416,6 +433,8 @@ class TensorCache:
         del self._entries[entry.name]
         self._evictions += 1
         self._bytes_evicted += entry.block.nbytes
+        if self._uploader is not None:
+            self._uploader.before_free(entry.idle)
         entry.block.release()
         return True
 

@@ -166,14 +166,17 @@ class StreamedModel:
         unit.depth -= 1
         if unit.depth > 0:
             return
+        self._forget(unit)
+        _restore(unit)
+        self.cache.notify(unit.sources)
+
+    def _forget(self, unit: _Unit) -> None:
         for slot in unit.slots:
             table = unit.module._buffers if slot.buffer else unit.module._parameters
             tensor = table[slot.name]
             if isinstance(tensor, Tensor):
                 for plain in tensor_parts(tensor).values():
                     self._addresses.pop(plain.untyped_storage().data_ptr(), None)
-        _restore(unit)
-        self.cache.notify()
 
     # --- order and prefetching ------------------------------------------------------------------
 

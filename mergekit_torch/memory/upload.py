@@ -36,9 +36,9 @@ class Uploader:
     """Copies on a stream of its own, from page-locked memory.
 
     *Order.* Device memory is allocated on the copy stream, so torch reuses it in that stream's
-    order. A copy first waits for what the streams that use tensors have been given so far: memory
-    that is written now was freed before, and its last users are among that. A tensor's user waits
-    for its copy by :meth:`Upload.wait`. The host waits for no copy, only for a free buffer.
+    order; before a tensor's memory is freed, the copy stream waits for its users
+    (:meth:`before_free`). A user's stream waits for the copy (:meth:`use`). The host waits for
+    neither, only for a free buffer.
 
     *Host memory.* With ``host_budget`` a tensor's bytes stay in page-locked memory after the first
     read, as many tensors as fit, and come from there the next time. Nothing is evicted: weights
@@ -67,12 +67,32 @@ class Uploader:
         return context
 
     def use(self, copied: torch.cuda.Event | None) -> None:
-        """The current stream uses a tensor: it waits for the copy, later copies wait for it."""
+        """The current stream will use a tensor: it waits for the copy."""
         stream = torch.cuda.current_stream(self._device)
         with self._lock:
             self._users[stream.cuda_stream] = stream
         if copied is not None and not copied.query():
             stream.wait_event(copied)
+
+    def mark(self) -> torch.cuda.Event:
+        """What the current stream has been given so far."""
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def before_free(self, idle: torch.cuda.Event | None) -> None:
+        """Later copies wait for a tensor's users: until ``idle``, or all that is under way."""
+        if idle is not None:
+            self.stream.wait_event(idle)
+            return
+        with self._lock:
+            users = list(self._users.values())
+        for user in users:
+            self.stream.wait_event(user.record_event())
+
+    def leave(self, tensor: Tensor) -> None:
+        """Nobody will wait for this tensor's users any more: torch is to do it."""
+        with self._lock:
+            for user in self._users.values():
+                tensor.record_stream(user)
 
     def upload(
         self, name: str, target: Tensor, parts: Mapping[str, Target], read: ReadRows
@@ -85,10 +105,6 @@ class Uploader:
             parts: the tensor's parts in it.
             read: reads rows of all parts.
         """
-        with self._lock:
-            users = list(self._users.values())
-        for user in users:
-            self.stream.wait_event(user.record_event())
         kept = self._keep(name, target, parts, read)
         with torch.cuda.stream(self.stream):
             if kept is not None:
