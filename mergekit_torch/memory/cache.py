@@ -304,8 +304,7 @@ class TensorCache:
             for entry in self._entries.values():
                 if entry.block is not None:
                     if self._uploader is not None:
-                whole = entry.block.tensor(0, (0,), torch.uint8)
-                        self._uploader.leave(whole)
+                        self._uploader.leave(entry.block.tensor(0, (0,), torch.uint8))
                     entry.block.release()
             self._entries.clear()
             self._arena.close()
