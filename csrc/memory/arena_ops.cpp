@@ -67,12 +67,14 @@ int64_t item_size(const char* op, ScalarType dtype) {
   }
 }
 
+constexpr int64_t kMaxBytes = int64_t{1} << 60;  // sums of a few must not overflow
+
 int64_t checked_bytes(const char* op, const std::vector<int64_t>& size, ScalarType dtype) {
   int64_t bytes = item_size(op, dtype);
   for (const int64_t n : size) {
     MKRS_CHECK(n >= 0, op, "sizes must not be negative, got ", n);
-    MKRS_CHECK(!__builtin_mul_overflow(bytes, n, &bytes), op,
-               "the size in bytes must fit in 63 bits, got more");
+    MKRS_CHECK(!__builtin_mul_overflow(bytes, n, &bytes) && bytes < kMaxBytes, op,
+               "the size must be less than 2**60 bytes, got more");
   }
   return bytes;
 }
@@ -167,6 +169,7 @@ void arena_frame_close(int64_t frame) {
 int64_t arena_block(int64_t arena, int64_t bytes) {
   const char* op = "arena_empty";
   MKRS_CHECK(bytes >= 0, op, "sizes must not be negative, got ", bytes);
+  MKRS_CHECK(bytes < kMaxBytes, op, "the size must be less than 2**60 bytes, got ", bytes);
   const auto owner = arenas().get(op, arena);
   Block* block = guarded(op, [&] { return owner->acquire(bytes); });
   return blocks().add(std::make_shared<HeldBlock>(block));

@@ -19,7 +19,7 @@ namespace mkrs::memory {
 namespace {
 
 // One pread() call. Large enough that the call is nothing, small enough to balance threads.
-constexpr int64_t kPieceBytes = 4 << 20;
+constexpr int64_t kPieceBytes = 1 << 20;
 
 struct Rows {
   int fd;

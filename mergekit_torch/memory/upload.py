@@ -117,10 +117,11 @@ class Uploader:
         self, name: str, target: Tensor, parts: Mapping[str, Target], read: ReadRows
     ) -> Tensor | None:
         """The tensor's bytes in page-locked memory, if they are there or fit there."""
-        kept = self._kept.get(name)
-        if kept is not None or self._host is None or self._full:
-            return kept
-        size = target.numel()
+        kept, size = self._kept.get(name), target.numel()
+        if kept is not None:
+            return kept[:size]
+        if self._host is None or self._full:
+            return None
         try:
             # Whole pages: two registrations must not share one.
             memory = self._host.empty(max(size, mmap.PAGESIZE), dtype=torch.uint8)
@@ -136,7 +137,7 @@ class Uploader:
         }
         read(0, views)
         _page_lock(memory)
-        self._kept[name] = host
+        self._kept[name] = memory
         return host
 
     def _through_buffers(self, parts: Mapping[str, Target], read: ReadRows) -> None:
@@ -183,8 +184,8 @@ class Uploader:
         self.stream.synchronize()
         with self._lock:
             self._buffers.clear()
-        for host in self._kept.values():
-            torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        for memory in self._kept.values():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
         self._kept.clear()
         if self._host is not None:
             self._host.close()
