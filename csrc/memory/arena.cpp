@@ -115,19 +115,9 @@ Block* Arena::acquire(int64_t bytes) {
       stats_.active += block->size;
       ++stats_.hits;
     } else {
-      if (budget_ >= 0 && stats_.active + size > budget_) {
-        throw OverBudget("needs " + std::to_string(size) + " bytes more than the " +
-                         std::to_string(stats_.active) + " in use, and the budget is " +
-                         std::to_string(budget_) + " bytes");
-      }
-      if (budget_ >= 0) evicted = evict(budget_ - stats_.active - size);
-      stats_.active += size;
+      evicted = charge(size);
     }
-    stats_.peak = std::max(stats_.peak, stats_.active);
-    stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.active + stats_.cached);
-    stats_.requested += bytes;
-    ++stats_.allocations;
-    ++stats_.live;
+    count(bytes);
   }
   for (Block* old : evicted) destroy(old);
   if (block == nullptr) {
@@ -152,6 +142,45 @@ Block* Arena::acquire(int64_t bytes) {
   return block;
 }
 
+Block* Arena::borrow(char* data, int64_t bytes, int64_t size, std::function<void()> done) {
+  std::vector<Block*> evicted;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) throw std::runtime_error("the arena must be open, got a closed one");
+    evicted = charge(size);
+    count(bytes);
+  }
+  for (Block* old : evicted) destroy(old);
+  Block* block = new Block;
+  block->data = data;
+  block->size = size;
+  block->requested = bytes;
+  block->refs.store(1, std::memory_order_relaxed);
+  block->arena = shared_from_this();
+  block->done = std::move(done);
+  return block;
+}
+
+std::vector<Block*> Arena::charge(int64_t size) {
+  if (budget_ >= 0 && stats_.active + size > budget_) {
+    throw OverBudget("needs " + std::to_string(size) + " bytes more than the " +
+                     std::to_string(stats_.active) + " in use, and the budget is " +
+                     std::to_string(budget_) + " bytes");
+  }
+  std::vector<Block*> evicted;
+  if (budget_ >= 0) evicted = evict(budget_ - stats_.active - size);
+  stats_.active += size;
+  return evicted;
+}
+
+void Arena::count(int64_t bytes) {
+  stats_.peak = std::max(stats_.peak, stats_.active);
+  stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.active + stats_.cached);
+  stats_.requested += bytes;
+  ++stats_.allocations;
+  ++stats_.live;
+}
+
 void Arena::give_back(Block* block) {
   std::vector<Block*> evicted;
   {
@@ -159,7 +188,7 @@ void Arena::give_back(Block* block) {
     stats_.active -= block->size;
     stats_.requested -= block->requested;
     --stats_.live;
-    if (closed_ || strategy_ == Strategy::None) {
+    if (closed_ || strategy_ == Strategy::None || block->done) {
       evicted.push_back(block);
     } else {
       age_.push_back({block, {}});
@@ -222,7 +251,9 @@ void Arena::allocate(Block* block) {
 }
 
 void Arena::destroy(Block* block) {
-  if (block->mapped) {
+  if (block->done) {
+    block->done();
+  } else if (block->mapped) {
     munmap(block->data, block->size);
   } else {
     std::free(block->data);

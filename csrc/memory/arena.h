@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
@@ -55,6 +56,7 @@ struct Block {
   bool mapped = false;    // a mapping, else from posix_memalign
   std::atomic<int64_t> refs{0};
   std::shared_ptr<Arena> arena;  // set while in use: a block keeps its arena
+  std::function<void()> done;    // of a block over somebody else's memory: gives that back
 };
 
 void retain(Block* block);
@@ -92,6 +94,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   // A block of at least `bytes` with one reference. Throws OverBudget, std::bad_alloc.
   Block* acquire(int64_t bytes);
+  // A block over memory that is not the arena's, charged to the budget with `charge` bytes until
+  // its last reference goes; then `done` is called. Throws OverBudget.
+  Block* borrow(char* data, int64_t bytes, int64_t charge, std::function<void()> done);
   // Unmap cached blocks, oldest first, until at most `keep` bytes are cached; bytes unmapped.
   int64_t trim(int64_t keep);
   // No block is handed out any more and none is kept; blocks in use live on until released.
@@ -114,6 +119,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   using Age = std::list<Cached>;
 
   void give_back(Block* block);
+  // Books a block of `size` bytes that does not come from the pool; the lock is held. Returns the
+  // cached blocks that must go for it. Throws OverBudget.
+  std::vector<Block*> charge(int64_t size);
+  void count(int64_t bytes);
   // The oldest cached blocks beyond `keep` bytes, taken out of the books; the lock is held.
   std::vector<Block*> evict(int64_t keep);
   void allocate(Block* block);

@@ -205,6 +205,26 @@ class Arena:
         except RuntimeError as error:
             raise _translated(error, nbytes) from None
 
+    def block_over(self, view: Tensor, charge: int) -> Block:
+        """A block over bytes of a file's map, which takes ``charge`` bytes of the budget.
+
+        When the last tensor over it is gone, its pages are dropped from this process's memory; the
+        map must be one that nobody writes into. On the CPU's native backend only.
+
+        Args:
+            view: uint8.
+            charge: bytes.
+
+        Raises:
+            BudgetError, ValueError: as :meth:`empty`.
+        """
+        assert isinstance(self._backend, _NativeBackend)
+        self._check_open()
+        try:
+            return self._backend.block_over(view, charge)
+        except RuntimeError as error:
+            raise _translated(error, charge) from None
+
     @contextlib.contextmanager
     def frame(self, size: int | str | None = None) -> Iterator[None]:
         """Scratch: inside, this thread's allocations are cut from few large pieces.
@@ -299,6 +319,9 @@ class _NativeBackend:
 
     def block(self, nbytes: int) -> Block:
         return _NativeBlock(torch.ops.mkrs._arena_block(self._handle, nbytes))
+
+    def block_over(self, view: Tensor, charge: int) -> Block:
+        return _NativeBlock(torch.ops.mkrs._arena_block_over(self._handle, view, charge))
 
     def frame(self, size_hint: int) -> Frame:
         return _NativeFrame(torch.ops.mkrs._arena_frame_open(self._handle, size_hint))

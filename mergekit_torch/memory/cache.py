@@ -23,6 +23,7 @@ from ..checkpoint.writer import parse_size
 from ..tensor import QuantizedTensor
 from .arena import Arena, Block, BudgetError
 from .upload import Target, Uploader
+from .views import FileViews
 
 __all__ = ["CacheStats", "TensorCache"]
 
@@ -91,10 +92,14 @@ class TensorCache:
       before and not used yet.
 
     Tensors of a checkpoint are as :class:`~mergekit_torch.checkpoint.Checkpoint` has them:
-    quantized ones are QuantizedTensors. On devices other than the CPU they are loaded through
-    small buffers in row blocks; on CUDA these are page-locked and copied on a stream of their own.
-    :meth:`get` then has the current stream wait for the copy, not the host. A tensor that another
-    stream uses needs ``record_stream``'s care: let go of it when that stream is done.
+    quantized ones are QuantizedTensors. On the CPU, what is in the page cache when it is loaded is
+    not copied but mapped, if the checkpoint was opened with ``read="mmap"``; it counts like memory,
+    and its pages are dropped with it. All else is read with ``pread``.
+
+    On devices other than the CPU tensors are loaded through small buffers in row blocks; on CUDA
+    these are page-locked and copied on a stream of their own. :meth:`get` then has the current
+    stream wait for the copy, not the host. A tensor that another stream uses needs
+    ``record_stream``'s care: let go of it when that stream is done.
 
     Args:
         checkpoint: an open checkpoint; it stays the caller's to close.
@@ -134,6 +139,9 @@ class TensorCache:
         #: Bytes that are never exceeded.
         self.budget: int = self._arena.budget
         self._threads = threads
+        self._views: FileViews | None = None
+        if checkpoint.read == "mmap" and self.device.type == "cpu" and backend != "torch":
+            self._views = FileViews(checkpoint)
         self._uploader: Uploader | None = None
         if self.device.type == "cuda":
             kept = 0 if host_budget is None else parse_size(host_budget)
@@ -308,6 +316,8 @@ class TensorCache:
                     entry.block.release()
             self._entries.clear()
             self._arena.close()
+        if self._views is not None:
+            self._views.close()
         if self._uploader is not None:
             self._uploader.close()
 
@@ -362,10 +372,15 @@ class TensorCache:
         """Fill an entry that this thread has put into the books; errors go into the entry."""
         layout = self._layout(entry.name)
         block: Block | None = None
+        views = None
         try:
-            block = self._reserve(_total(layout), entry.name, wait)
+            if self._views is not None:
+                sizes = {part: p.dtype.itemsize for part, p in layout.items()}
+                views = self._views.find(entry.name, sizes)
+            block = self._reserve(layout, entry.name, wait, views)
             try:
-                entry.copied = self._read(entry.name, block, layout, threads)
+                if views is None:
+                    entry.copied = self._read(entry.name, block, layout, threads)
             finally:
                 with self._condition:
                     self._loading -= 1
@@ -389,14 +404,30 @@ class TensorCache:
                 entry.ready.set()
                 self._condition.notify_all()
 
-    def _reserve(self, nbytes: int, name: str, wait: bool) -> Block:
-        """Memory for a tensor, evicting for it. Without ``wait`` prefetched tensors stay."""
+    def _reserve(
+        self,
+        layout: dict[str, _Part],
+        name: str,
+        wait: bool,
+        views: dict[str, Tensor] | None,
+    ) -> Block:
+        """Memory for a tensor, or the books for views, evicting for it.
+
+        Without ``wait`` prefetched tensors stay.
+        """
+        nbytes = _total(layout)
+        offsets = {part: p.offset for part, p in layout.items()}
         with self._condition:
             while True:
                 self._check_open()
                 try:
-                    with self._uploader.allocating() if self._uploader else _NOTHING:
-                        block = self._arena.block(nbytes)
+                    block: Block
+                    if views is not None:
+                        assert self._views is not None
+                        block = self._views.block(self._arena, views, offsets, self.nbytes(name))
+                    else:
+                        with self._uploader.allocating() if self._uploader else _NOTHING:
+                            block = self._arena.block(nbytes)
                     self._loading += 1  # from here on others may wait for this load
                     return block
                 except BudgetError as error:
