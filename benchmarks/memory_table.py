@@ -17,7 +17,7 @@ def write(results: dict[str, Any], page: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: must have the markers {BEGIN} and {END}")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         row for part, lines in _PARTS.items() if part in results for row in lines(results[part])
     ]
     machines = {result["machine"] for result in results.values() if "machine" in result}
