@@ -127,9 +127,10 @@ def load() -> None:
     _library = library
     set_seed(int(os.environ.get("MKRS_SIM_SEED", "0")))
 
-    import mergekit_torch  # noqa: F401  (defines the ops' schemas)
+    from mergekit_torch import verify  # importing the package defines the ops' schemas
 
     torch.ops.load_library(str(build_host()))
+    verify.install_if_asked()
 
 
 def _loaded() -> ctypes.CDLL:
