@@ -2,12 +2,13 @@
 
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
 
-# GB/s of unified memory, from Apple's technical specifications of the Macs with each chip. Max chips
-# of the third and fourth generation come with two memory widths; the wider one stands here.
+# GB/s of unified memory, from Apple's technical specifications of the Macs with each chip. The Max
+# chips of the third and fourth generation come with two memory widths; here stands the wider one.
 APPLE_BANDWIDTH: dict[str, float] = {
     "Apple M1": 68.25,
     "Apple M1 Pro": 200,
@@ -50,10 +51,10 @@ def chip_name(device: torch.device) -> str:
     if platform.system() == "Darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        found = []
+        lines = []
+    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return found[0] if found else platform.processor() or platform.machine()
 
 

@@ -1,4 +1,4 @@
-"""What kernels must answer: the ops in NumPy float64, with error bounds derived from the arithmetic.
+"""What kernels must answer: the ops in NumPy float64, and error bounds derived from arithmetic.
 
 The tests, ``mkrs doctor`` and ``MKRS_VERIFY=1`` judge kernels by this. It is independent of them:
 nothing here calls the rest of the package, and codes are unpacked bit by bit as docs/format.md
@@ -31,15 +31,18 @@ class Weight:
 
     @property
     def components(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """codes, scale, zero_point and offset, as ops take them."""
         return self.codes, self.scale, self.zero_point, self.offset
 
     @property
     def format(self) -> tuple[int, int]:
+        """bits and group_size."""
         return self.bits, self.group_size
 
     def to(self, device: torch.device) -> "Weight":
+        """The same weight on another device."""
         moved = [None if t is None else t.to(device) for t in self.components]
-        return Weight(*moved, self.bits, self.group_size, self.in_features)  # type: ignore[arg-type]
+        return Weight(*moved, self.bits, self.group_size, self.in_features)  # type: ignore[call-arg,arg-type]
 
 
 def random_weight(

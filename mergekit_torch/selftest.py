@@ -23,7 +23,7 @@ _OPS = torch.ops.mkrs
 # (N, K): odd rows and columns, K beside and at multiples of groups, several tiles.
 _SHAPES = ((33, 100), (40, 576), (5, 1111), (130, 260), (16, 257), (7, 64), (1, 33))
 _GROUPS = (16, 32, 64, 128, 256, -1)
-# Input rows for each kernel: decode, small batches one by one, tiles of every height, several tiles.
+# Input rows for each kernel: decode, small batches one by one, tiles of every height, two tiles.
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 20, 30, 50, 70)
 
 
@@ -120,7 +120,7 @@ def _weight(case: Case, device: torch.device) -> oracle.Weight:
     flat[1:] = wide.codes.flatten()
     codes = flat.to(device)[1:].view(wide.codes.shape)[2:-1, group * bits // 8 :]
     parts = [None if t is None else t.to(device)[2:-1, 1:] for t in wide.components[1:]]
-    return oracle.Weight(codes, *parts, bits, group, k)  # type: ignore[arg-type]
+    return oracle.Weight(codes, *parts, bits, group, k)  # type: ignore[call-arg,arg-type]
 
 
 def _arguments(case: Case, device: torch.device) -> tuple[Any, ...]:
@@ -278,6 +278,13 @@ def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """GB/s read and written by a plain copy of ``size`` bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * size / time_call(lambda i: target.copy_(source), device) / 1e9
+
+
 def measure(device: torch.device, size: int = 4096, total: int = 1 << 28) -> Speeds:
     """Time the kernels on a ``size`` x ``size`` 4-bit weight in float16 (CPU: float32).
 
@@ -287,10 +294,7 @@ def measure(device: torch.device, size: int = 4096, total: int = 1 << 28) -> Spe
         total: bytes of weights to rotate over, more than any cache holds.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    buffer = torch.empty(total // 2, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(buffer)
-    copy = 2 * buffer.numel() / time_call(lambda i: target.copy_(buffer), device) / 1e9
-    del buffer, target
+    copy = copy_bandwidth(device, total // 2)
     speeds = Speeds(copy, chips.nominal_bandwidth(device))
 
     dense = (torch.randn(size, size) * 0.02).to(dtype).to(device)
@@ -319,7 +323,9 @@ def measure(device: torch.device, size: int = 4096, total: int = 1 << 28) -> Spe
             each + _bytes([x]),
             2 * m * size * size,
         )
-        several = [dense] if m == 512 else [dense.clone() for _ in range(max(2, total // dense.nbytes))]
+        several = (
+            [dense] if m == 512 else [dense.clone() for _ in range(max(2, total // dense.nbytes))]
+        )
         plain = time_call(lambda i, x=x, s=several: x @ s[i % len(s)].T, device)  # type: ignore[misc]
         del several
         speeds.rows[-1].over_dense = plain / seconds
@@ -331,7 +337,11 @@ def measure(device: torch.device, size: int = 4096, total: int = 1 << 28) -> Spe
         2 * size * size,
     )
     add("dequantize", lambda w: _OPS.dequantize(w[0], w[1], None, w[2], 4, 64, size, dtype), each)
-    add("dequant_reduce", lambda w: _OPS.dequant_reduce(w[0], w[1], None, w[2], 4, 64, size, "sum"), each)
+    add(
+        "dequant_reduce",
+        lambda w: _OPS.dequant_reduce(w[0], w[1], None, w[2], 4, 64, size, "sum"),
+        each,
+    )
     indices = torch.randint(0, size, (512,)).to(device)
     add(
         "dequant_embedding, 512 rows",

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import oracle
 from .format import code_bytes
-from .ops._common import scheme_of
 from .ops.gguf_unpack import reference as reference_gguf_unpack
 from .ops.quantize import reference as reference_quantize
 
@@ -60,8 +59,12 @@ def _weight(
     parts: Sequence[Tensor | None], bits: int, group_size: int, in_features: int, rows: slice
 ) -> oracle.Weight:
     """Some rows of a weight on the CPU, leading dimensions flattened."""
-    moved = [None if t is None else _host(t.flatten(0, -2)[rows]) for t in parts]
-    return oracle.Weight(*moved, bits, group_size, in_features)  # type: ignore[arg-type]
+    codes, scale, zero_point, offset = (
+        None if t is None else _host(t.flatten(0, -2)[rows]) for t in parts
+    )
+    assert codes is not None
+    assert scale is not None
+    return oracle.Weight(codes, scale, zero_point, offset, bits, group_size, in_features)
 
 
 def _within(got: Tensor, expected: np.ndarray, bound: np.ndarray) -> float | None:
@@ -102,8 +105,8 @@ def _equal(got: Tensor, expected: Tensor) -> float:
 
 
 # ---- one check an op ---------------------------------------------------------------------------
-# Each takes the op's result and arguments and returns the worst error in units of its bound, or None
-# if the call cannot be judged (nothing in it, or inf and NaN among its inputs).
+# Each takes the op's result and arguments and returns the worst error in units of its bound, or
+# None if the call cannot be judged (nothing in it, or inf and NaN among its inputs).
 
 
 def check_matmul(
@@ -306,16 +309,14 @@ def check_quantize(
     scheme: str,
     scale_dtype: torch.dtype | None = None,
 ) -> float | None:
-    """``quantize`` bit for bit, and its codes within :func:`oracle.quantize_bound` of the weight."""
+    """``quantize`` bit for bit, and within :func:`oracle.quantize_bound` of the weight."""
     if weight.numel() == 0:
         return None
     k = weight.shape[-1]
     flat = weight.detach().flatten(0, -2)
     rows = _every(flat.shape[0], k)
     dense = _host(flat[rows])
-    codes, scale, zero = (
-        _host(t.flatten(0, -2)[rows]) if t.numel() else _host(t) for t in result
-    )
+    codes, scale, zero = (_host(t.flatten(0, -2)[rows]) if t.numel() else _host(t) for t in result)
     if not _finite(dense, scale):
         return None
     for got, want in zip(

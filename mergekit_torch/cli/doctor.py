@@ -65,7 +65,7 @@ def check_device(args: argparse.Namespace) -> int:
     simulated = chips.is_simulated(device)
     seed = args.seed if args.seed is not None else int(time.time()) % 1_000_000_007
     chosen = selftest.cases(device.type, args.quick)
-    with case_bar(len(chosen), f"cases on {device.type}") as bar:
+    with CaseBar(len(chosen), f"cases on {device.type}") as bar:
         correctness = selftest.run_cases(device, chosen, seed, bar)
     # A simulator's time says nothing about a GPU.
     speeds = None if args.no_speed or simulated else selftest.measure(device)
@@ -91,7 +91,7 @@ def check_device(args: argparse.Namespace) -> int:
     return 1 if correctness.failed else 0
 
 
-class case_bar:  # noqa: N801  (a context manager, used like a function)
+class CaseBar:
     """A tqdm bar that counts cases, silent when stderr is not a terminal."""
 
     def __init__(self, total: int, description: str) -> None:
@@ -170,9 +170,7 @@ def speed_table(speeds: "Speeds", dtype: str) -> str:
             )
         )
     nominal = f", {speeds.nominal:.0f} GB/s by its maker" if speeds.nominal else ""
-    head = (
-        f"4096 x 4096, 4-bit affine g64, {dtype}; a copy moves {speeds.copy:.1f} GB/s{nominal}\n"
-    )
+    head = f"4096 x 4096, 4-bit affine g64, {dtype}; a copy moves {speeds.copy:.1f} GB/s{nominal}\n"
     headers = ("call", "us", "GB/s", "of copy", "of chip", "TFLOP/s", "dense")
     return head + table(headers, rows, right=(1, 2, 3, 4, 5, 6))
 
