@@ -121,8 +121,8 @@ extern "C" {
 void sim_set_compiler(sim::Compiler c) {
   sim::compiler = c;
 }
-void sim_set_seed(uint64_t seed) {
-  sim::options().seed = seed;
+void sim_set_seeds(const uint64_t* seeds, size_t count) {
+  sim::options().seeds.assign(seeds, seeds + count);
 }
 void sim_set_count(int count) {
   sim::options().count = count != 0;
