@@ -24,6 +24,7 @@ from .compiler import CACHE, HERE, ROOT, CompileError, compile_kernels, host_com
 TORCH = Path(torch.__file__).resolve().parent
 _library: ctypes.CDLL | None = None
 _keep: list[Any] = []
+_sources: list[str] = []
 
 
 def _flags() -> list[str]:
@@ -110,12 +111,14 @@ def load() -> None:
         raise RuntimeError("this torch has a real MPS backend; the simulator would replace it")
     library = ctypes.CDLL(str(build_simulator()), mode=ctypes.RTLD_GLOBAL)
     library.sim_report.restype = ctypes.c_char_p
+    library.sim_record.argtypes = [ctypes.c_char_p]
     library.sim_set_seeds.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
     def compile_callback(source: bytes, answer: int, size: int) -> int:
         try:
             text, status = str(compile_kernels(source.decode())), 0
+            _sources.append(source.decode())
         except Exception as error:  # a callback cannot raise
             text, status = f"{type(error).__name__}: {error}", 1
         data = text.encode()[: size - 1] + b"\0"
@@ -184,6 +187,24 @@ def counting() -> Iterator[dict[str, Any]]:
     finally:
         library.sim_set_count(0)
         library.sim_reset()
+
+
+@contextlib.contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """Writes every kernel call, with its memory before and after, to ``path`` (see replay.h)."""
+    library = _loaded()
+    if not library.sim_record(str(path).encode()):
+        raise OSError(f"cannot write {path}")
+    try:
+        yield
+    finally:
+        if not library.sim_record(None):
+            raise OSError(f"cannot write {path}")
+
+
+def sources() -> list[str]:
+    """The source of every kernel that this process has compiled."""
+    return list(_sources)
 
 
 def kernels_run() -> list[str]:
