@@ -44,7 +44,7 @@ def to_cuda(source: str) -> str:
     lines = ['#include "metal_stdlib"', "namespace kernels {"]
     lines += [f"using metal::{name};" for name in USING]
     # Named: what an unnamed namespace uses would meet CUDA's own names in the code nvcc adds.
-    lines += [body, "}", "namespace entries {", "using namespace kernels;"]
+    lines += [body, "}", "namespace entries_TABLE {", "using namespace kernels;"]
     rows = []
     for n, (host, name, identifier) in enumerate(result.instances):
         kernel = result.kernels[name]
@@ -64,8 +64,8 @@ def to_cuda(source: str) -> str:
             "}",
             f"void launch{n}(msl::Arguments a, dim3 g, dim3 b) {{ entry{n}<<<g, b>>>(a); }}",
         ]
-        rows.append(f'{{"{host}", entries::launch{n}}}')
-    lines += ["}", f"extern const msl::Kernel TABLE[{len(rows)}];"]
+        rows.append(f'{{"{host}", entries_TABLE::launch{n}}}')
+    lines += ["}", f"extern const msl::Kernel TABLE[];"]
     lines += [f"const msl::Kernel TABLE[{len(rows)}] = {{ {', '.join(rows)} }};"]
     return "\n".join(lines) + "\n"
 
@@ -150,7 +150,7 @@ def build(folder: Path, arch: str, seed: int, every: bool, jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(
-            pool.map(compile_one, [*names, folder / "tables.cu", HERE / "cuda" / "replay.cu"])
+            pool.map(compile_one, [HERE / "cuda" / "replay.cu", folder / "tables.cu", *names])
         )
     command = [compiler, f"-arch={arch}", *objects, "-o", str(folder / "replay")]
     subprocess.run(command, check=True)

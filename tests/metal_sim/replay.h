@@ -13,6 +13,7 @@ struct Argument {
   uint64_t index = 0;
   bool pointer = false;   // false: an 8-byte value
   bool writable = false;
+  uint64_t same = 0;  // position of the first argument over the same memory: often its own
   std::vector<char> before;
   std::vector<char> after;       // of a writable one
   std::vector<uint8_t> written;  // which bytes of `after` the kernel or its caller wrote
@@ -46,6 +47,7 @@ class Reader {
       a.index = number();
       a.pointer = number() != 0;
       a.writable = number() != 0;
+      a.same = number();
       a.before.resize(number());
       read(a.before.data(), a.before.size());
     }

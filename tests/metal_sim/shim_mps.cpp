@@ -106,6 +106,10 @@ void record_before(const Function& f, const uint32_t* grid, const uint32_t* grou
     put_number(static_cast<uint64_t>(p.index));
     put_number(p.pointer);
     put_number(!p.read_only);
+    // The same memory may be bound twice.
+    int same = 0;
+    while (f.bindings[static_cast<size_t>(f.kernel->params[same].index)].data != b.data) ++same;
+    put_number(static_cast<uint64_t>(same));
     put_number(b.size);
     put(b.data, b.size);
   }

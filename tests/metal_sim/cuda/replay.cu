@@ -1,6 +1,8 @@
 // Runs recorded kernel calls on an NVIDIA GPU and compares every byte of their outputs.
 //   replay CALLS [REPEATS] [KERNEL-PREFIX]
 // Prints one JSON object; exits 1 if a byte differs, 2 if a call cannot be run.
+#include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 
@@ -82,8 +84,8 @@ int main(int count, char** arguments) {
       const replay::Argument& a = call.arguments[i];
       if (a.index >= 16) return 2;
       if (a.pointer) {
-        memory[i].reset(new Memory(a.before));
-        values.pointer[a.index] = memory[i]->data;
+        if (a.same == i) memory[i].reset(new Memory(a.before));
+        values.pointer[a.index] = memory[a.same]->data;
       } else {
         std::memcpy(&values.value[a.index], a.before.data(), sizeof(long));
       }
@@ -100,7 +102,8 @@ int main(int count, char** arguments) {
     bool bad = false;
     for (int turn = 0; turn < repeats; ++turn) {
       for (size_t i = 0; i < memory.size(); ++i) {
-        if (turn > 0 && call.arguments[i].writable) memory[i]->set(call.arguments[i].before);
+        const replay::Argument& a = call.arguments[i];
+        if (turn > 0 && a.writable && a.same == i) memory[i]->set(a.before);
       }
       found->second(values, dim3(groups[0], groups[1], groups[2]),
                     dim3(threads[0], threads[1], threads[2]));
@@ -108,7 +111,7 @@ int main(int count, char** arguments) {
       check(cudaDeviceSynchronize(), call.kernel);
       for (size_t i = 0; i < memory.size(); ++i) {
         const replay::Argument& a = call.arguments[i];
-        if (!a.writable) continue;
+        if (!a.writable || a.same != i) continue;
         std::vector<char> got(a.before.size());
         check(cudaMemcpy(got.data(), memory[i]->data, got.size(), cudaMemcpyDeviceToHost),
               "copy from the GPU");
