@@ -12,7 +12,16 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .compiler import CACHE, COMMON, HERE, INCLUDE, CompileError, atomic_write, machine_flags, preprocess
+from .compiler import (
+    CACHE,
+    COMMON,
+    HERE,
+    INCLUDE,
+    CompileError,
+    atomic_write,
+    machine_flags,
+    preprocess,
+)
 from .prepass import to_cpp
 
 FLAVOURS = {"address": "MSL_ASAN", "thread": "MSL_TSAN"}
