@@ -123,12 +123,13 @@ def build(folder: Path, arch: str, seed: int, every: bool, jobs: int) -> None:
         path = folder / f"unit{n}.cu"
         path.write_text(to_cuda(source).replace("TABLE", f"table{n}"))
         names.append(path)
+    listed = ", ".join(f"table{n}" for n in range(len(names)))
     tables = [f"extern const msl::Kernel table{n}[];" for n in range(len(names))]
     sizes = [path.read_text().count("void launch") for path in names]
     tables += [
         "extern const msl::Kernel* const kTables[];",
         "extern const int kTableSizes[]; extern const int kTableCount;",
-        f"const msl::Kernel* const kTables[] = {{ {', '.join(f'table{n}' for n in range(len(names)))} }};",
+        f"const msl::Kernel* const kTables[] = {{ {listed} }};",
         f"const int kTableSizes[] = {{ {', '.join(map(str, sizes))} }};",
         f"const int kTableCount = {len(names)};",
     ]
