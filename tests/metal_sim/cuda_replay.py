@@ -28,12 +28,44 @@ INSTANCE = re.compile(r'\ntemplate \[\[host_name\("([^"]+)"\)\]\][^\n]*\n')
 PER_FILE = 24  # kernels of a translation unit
 # What kernels may call, named so that CUDA's own global functions and types stay out of the way.
 USING = (
-    "as_type clamp fabs fma isfinite isnan make_filled_simdgroup_matrix max mem_flags min rint "
-    "simd_all simd_any simd_max simd_min simd_shuffle_xor simd_sum simdgroup_barrier "
-    "simdgroup_float8x8 simdgroup_load simdgroup_matrix simdgroup_multiply_accumulate "
-    "simdgroup_store threadgroup_barrier vec float2 float4 int2 int4 uchar2 uchar4 uint2 uint3 "
-    "uint4 ulong2 ushort2 ushort4"
-).split()
+    "as_type",
+    "clamp",
+    "fabs",
+    "fma",
+    "isfinite",
+    "isnan",
+    "make_filled_simdgroup_matrix",
+    "max",
+    "mem_flags",
+    "min",
+    "rint",
+    "simd_all",
+    "simd_any",
+    "simd_max",
+    "simd_min",
+    "simd_shuffle_xor",
+    "simd_sum",
+    "simdgroup_barrier",
+    "simdgroup_float8x8",
+    "simdgroup_load",
+    "simdgroup_matrix",
+    "simdgroup_multiply_accumulate",
+    "simdgroup_store",
+    "threadgroup_barrier",
+    "vec",
+    "float2",
+    "float4",
+    "int2",
+    "int4",
+    "uchar2",
+    "uchar4",
+    "uint2",
+    "uint3",
+    "uint4",
+    "ulong2",
+    "ushort2",
+    "ushort4",
+)
 
 
 def to_cuda(source: str) -> str:
@@ -65,7 +97,7 @@ def to_cuda(source: str) -> str:
             f"void launch{n}(msl::Arguments a, dim3 g, dim3 b) {{ entry{n}<<<g, b>>>(a); }}",
         ]
         rows.append(f'{{"{host}", entries_TABLE::launch{n}}}')
-    lines += ["}", f"extern const msl::Kernel TABLE[];"]
+    lines += ["}", "extern const msl::Kernel TABLE[];"]
     lines += [f"const msl::Kernel TABLE[{len(rows)}] = {{ {', '.join(rows)} }};"]
     return "\n".join(lines) + "\n"
 

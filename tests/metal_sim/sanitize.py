@@ -61,6 +61,17 @@ def _run(command: list[str], text: str | None = None) -> None:
         raise CompileError(done.stderr)
 
 
+def tables(count: int) -> str:
+    """C++ that lists the kernels of ``count`` units, compiled with their tables renamed."""
+    rows = ", ".join(f"{{kernels_{n}, count_{n}}}" for n in range(count))
+    text = '#include "msl_runtime.h"\nextern "C" {\n'
+    for n in range(count):
+        text += f"extern const msl::Kernel kernels_{n}[]; extern const int count_{n};\n"
+    text += "}\nstruct Table { const msl::Kernel* kernels; int count; };\n"
+    text += f"extern const Table kTables[]; const Table kTables[] = {{ {rows} }};\n"
+    return text + f"extern const int kTableCount; const int kTableCount = {count};\n"
+
+
 def build(flavour: str, sources: list[str]) -> Path:
     """A program that replays calls of the kernels that ``sources`` instantiate."""
     compiler, reason = clang(flavour)
@@ -83,16 +94,11 @@ def build(flavour: str, sources: list[str]) -> Path:
             flags += [f"-fsanitize={flavour}", f"-I{INCLUDE}"]
             flags += [f"-Dmsl_kernels=kernels_{n}", f"-Dmsl_kernel_count=count_{n}"]
             _run([compiler, *flags, "-c", "-", "-o", str(objects[-1])], to_cpp(preprocess(source)))
-        rows = ", ".join(f"{{kernels_{n}, count_{n}}}" for n in range(len(sources)))
-        tables = '#include "msl_runtime.h"\nextern "C" {\n'
-        for n in range(len(sources)):
-            tables += f"extern const msl::Kernel kernels_{n}[]; extern const int count_{n};\n"
-        tables += "}\nstruct Table { const msl::Kernel* kernels; int count; };\n"
-        tables += f"extern const Table kTables[]; const Table kTables[] = {{ {rows} }};\n"
-        tables += f"extern const int kTableCount; const int kTableCount = {len(sources)};\n"
         plain = ["-std=c++17", "-O1", "-g1", f"-D{FLAVOURS[flavour]}", f"-I{INCLUDE}", f"-I{HERE}"]
         objects += [folder / "tables.o", folder / "replay.o"]
-        _run([compiler, *plain, "-x", "c++", "-c", "-", "-o", str(objects[-2])], tables)
+        _run(
+            [compiler, *plain, "-x", "c++", "-c", "-", "-o", str(objects[-2])], tables(len(sources))
+        )
         _run([compiler, *plain, "-c", str(HERE / "replay.cpp"), "-o", str(objects[-1])])
         link = [compiler, f"-fsanitize={flavour}", *map(str, objects), "-o"]
         return atomic_write(target, lambda temporary: _run([*link, str(temporary)]))

@@ -106,9 +106,9 @@ FINE = (
 )
 
 
-def kernel(body: str) -> str:
+def kernel(body: str, name: str = "k") -> str:
     return (
-        f"{HEAD}kernel void k(device float* a [[buffer(0)]],\n"
+        f"{HEAD}kernel void {name}(device float* a [[buffer(0)]],\n"
         "    uint i [[thread_index_in_threadgroup]],\n"
         f"    uint g [[threadgroup_position_in_grid]]) {{\n{body}\n}}\n"
     )
