@@ -196,8 +196,11 @@ def run(folder: Path, sanitize: bool) -> int:
     """Replays on the GPU of this machine; 0 if every byte is right and no tool complains."""
     replay, calls = str(folder / "replay"), str(folder / "calls.bin")
     commands = [[replay, calls, "20"]]
+    if sanitize and shutil.which("compute-sanitizer") is None:
+        print("--sanitize needs compute-sanitizer on PATH", file=sys.stderr)
+        return 2
     if sanitize:
-        for tool in ("memcheck", "racecheck", "synccheck"):
+        for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             commands.append(
                 ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", replay, calls, "1"]
             )
@@ -222,7 +225,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000_007)
     args = parser.parse_args()
     if args.what == "build":
-        build(args.folder, args.arch, args.seed, args.all, args.jobs)
+        try:
+            build(args.folder, args.arch, args.seed, args.all, args.jobs)
+        except CompileError as error:
+            print(error, file=sys.stderr)
+            return 2
         return 0
     return run(args.folder, args.sanitize)
 

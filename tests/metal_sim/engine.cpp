@@ -592,8 +592,7 @@ struct Contents {
   std::vector<char> data;
   std::vector<uint8_t> written;
   explicit Contents(const Binding& b)
-      : data(b.data, b.data + b.size),
-        written(b.written == nullptr ? b.size : 0, 1) {
+      : data(b.data, b.data + b.size), written(b.written == nullptr ? b.size : 0, 1) {
     if (b.written != nullptr) written.assign(b.written, b.written + b.size);
   }
   void restore(const Binding& b) const {
@@ -735,11 +734,10 @@ void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
       const Contents now(*outputs[i]);
       for (size_t j = 0; j < now.data.size(); ++j) {
         if (now.written[j] == first[i].written[j] && now.data[j] == first[i].data[j]) continue;
-        throw std::runtime_error(std::string("kernel ") + kernel.name + ": byte " +
-                                 std::to_string(j) + " of its " + outputs[i]->what +
-                                 " depends on the order of threads: seeds " +
-                                 std::to_string(seeds[0]) + " and " + std::to_string(seeds[turn]) +
-                                 " differ");
+        throw std::runtime_error(
+            std::string("kernel ") + kernel.name + ": byte " + std::to_string(j) + " of its " +
+            outputs[i]->what + " depends on the order of threads: seeds " +
+            std::to_string(seeds[0]) + " and " + std::to_string(seeds[turn]) + " differ");
       }
     }
   }

@@ -68,8 +68,8 @@ struct Machine {
   size_t arena_used = 0;
   msl::Lanes lanes[32][2];
   unsigned parity[32] = {};
-  // What TSan's releases and acquires are tied to. Barriers take turns between two tokens, so that a
-  // thread that leaves one late does not see what others did on their way to the next.
+  // What TSan's releases and acquires are tied to. Barriers take turns between two tokens, so that
+  // a thread that leaves one late does not see what others did on their way to the next.
   char barrier[2] = {}, simd_barrier[32][2] = {}, start = 0, end = 0;
   unsigned barrier_parity = 0;
   uint64_t random = 1;
@@ -291,8 +291,8 @@ void msl_simdgroup_barrier(const void*, int flags) {
 // Orders no memory.
 const msl::Lanes* msl_simdgroup_exchange(const void* value, u32 size, const void*) {
   const msl::Thread& t = m.current->thread;
-  msl::Lanes* lanes = &m.lanes[t.simdgroup_index_in_threadgroup]
-                              [m.parity[t.simdgroup_index_in_threadgroup]];
+  msl::Lanes* lanes =
+      &m.lanes[t.simdgroup_index_in_threadgroup][m.parity[t.simdgroup_index_in_threadgroup]];
   for (u32 i = 0; i < size; ++i) {  // not memcpy, which sanitizers watch
     lanes->value[t.thread_index_in_simdgroup][i] = static_cast<const unsigned char*>(value)[i];
   }
@@ -301,9 +301,13 @@ const msl::Lanes* msl_simdgroup_exchange(const void* value, u32 size, const void
   return lanes;
 }
 
-u32 msl_lane() { return m.current->thread.thread_index_in_simdgroup; }
+u32 msl_lane() {
+  return m.current->thread.thread_index_in_simdgroup;
+}
 
-void msl_fail(const char* message) { fail(message); }
+void msl_fail(const char* message) {
+  fail(message);
+}
 }
 
 int main(int count, char** arguments) {
@@ -311,7 +315,8 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "usage: replay CALLS SEED [KERNEL-PREFIX]\n");
     return 2;
   }
-  m.random = 88172645463325252ull ^ (std::strtoull(arguments[2], nullptr, 10) * 0x9E3779B97F4A7C15ull);
+  m.random =
+      88172645463325252ull ^ (std::strtoull(arguments[2], nullptr, 10) * 0x9E3779B97F4A7C15ull);
   const std::string prefix = count > 3 ? arguments[3] : "";
 #if defined(MSL_TSAN)
   m.scheduler_sanitizer = __tsan_get_current_fiber();

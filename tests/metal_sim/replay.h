@@ -11,7 +11,7 @@ namespace replay {
 
 struct Argument {
   uint64_t index = 0;
-  bool pointer = false;   // false: an 8-byte value
+  bool pointer = false;  // false: an 8-byte value
   bool writable = false;
   uint64_t same = 0;  // position of the first argument over the same memory: often its own
   std::vector<char> before;

@@ -125,9 +125,10 @@ int main(int count, char** arguments) {
     result.wrong += bad;
     wrong += bad;
   }
-  std::printf("{\"device\": \"%s\", \"repeats\": %d, \"calls\": %d, \"kernels\": %zu, \"wrong\": %d, "
-              "\"functions\": {",
-              device.name, repeats, calls, instances.size(), wrong);
+  std::printf(
+      "{\"device\": \"%s\", \"repeats\": %d, \"calls\": %d, \"kernels\": %zu, \"wrong\": %d, "
+      "\"functions\": {",
+      device.name, repeats, calls, instances.size(), wrong);
   const char* comma = "";
   for (const auto& entry : results) {
     std::printf("%s\"%s\": {\"calls\": %d, \"wrong\": %d}", comma, entry.first.c_str(),
