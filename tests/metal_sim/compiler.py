@@ -15,7 +15,9 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from .prepass import to_cpp
 
@@ -23,6 +25,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "metal_sim"
 INCLUDE = HERE / "include"
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+# The SIMT engine without torch.
+ENGINE = [HERE / name for name in ("engine.cpp", "fibers.cpp", "memory.cpp")]
+ENGINE_HEADERS = [HERE / "engine.h", HERE / "machine.h", INCLUDE / "msl_runtime.h"]
 
 # Metal up to 3.2 is C++14. Access sizes must stay those of the source: no vectorizer.
 COMMON = [
@@ -113,7 +119,7 @@ def preprocess(source: str) -> str:
     return run([*command, "-D__METAL__=1", "-D__METAL_VERSION__=310", "-"], stripped)
 
 
-def atomic_write(path: Path, build: callable) -> Path:  # type: ignore[valid-type]
+def atomic_write(path: Path, build: Callable[[Path], object]) -> Path:
     """``build(temporary)`` renamed to ``path``, so that a reader never sees half a file."""
     if path.exists():
         return path
@@ -127,25 +133,26 @@ def atomic_write(path: Path, build: callable) -> Path:  # type: ignore[valid-typ
     return path
 
 
+# The pass and the flags are those that this process runs with, whatever becomes of the files.
+_LOADED = b"".join((HERE / name).read_bytes() for name in ("prepass.py", "compiler.py"))
+
+
 def tool_key() -> str:
-    """Changes when anything that shapes a compiled kernel does."""
-    digest = hashlib.sha256()
-    for path in sorted([*INCLUDE.iterdir(), HERE / "prepass.py", HERE / "compiler.py"]):
+    """Changes when anything that shapes a compiled kernel does.
+
+    Asked for every kernel: headers that are edited while tests run must not be cached as others.
+    """
+    digest = hashlib.sha256(_LOADED)
+    for path in sorted(INCLUDE.iterdir()):
         digest.update(path.read_bytes())
     stat = zig().stat()
     digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
-_tool_key: str | None = None
-
-
 def compile_kernels(source: str) -> Path:
     """A shared library of every kernel that ``source`` instantiates."""
-    global _tool_key
-    if _tool_key is None:
-        _tool_key = tool_key()
-    key = hashlib.sha256((_tool_key + source).encode()).hexdigest()[:32]
+    key = hashlib.sha256((tool_key() + source).encode()).hexdigest()[:32]
     target = CACHE / "kernels" / f"{key}.so"
     if target.exists():
         return target
@@ -172,3 +179,14 @@ def host_compiler() -> str:
         if name and shutil.which(name):
             return name
     raise CompileError("the Metal simulator needs a C++ compiler (g++ or clang++)")
+
+
+def embed_shaders() -> ModuleType:
+    """csrc/mps/embed_shaders.py, which flattens and embeds the kernels; it is in no package."""
+    script = ROOT / "csrc" / "mps" / "embed_shaders.py"
+    spec = importlib.util.spec_from_file_location("embed_shaders", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

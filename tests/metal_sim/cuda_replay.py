@@ -195,7 +195,7 @@ def build(folder: Path, arch: str, seed: int, every: bool, jobs: int) -> None:
 def run(folder: Path, sanitize: bool) -> int:
     """Replays on the GPU of this machine; 0 if every byte is right and no tool complains."""
     replay, calls = str(folder / "replay"), str(folder / "calls.bin")
-    commands = [[replay, calls, "20"]]
+    commands = [[replay, calls, "50"]]
     if sanitize and shutil.which("compute-sanitizer") is None:
         print("--sanitize needs compute-sanitizer on PATH", file=sys.stderr)
         return 2

@@ -46,6 +46,7 @@ struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     const c10::Device device(c10::DeviceType::MPS, 0);
     if (n == 0) return {nullptr, nullptr, &release, device};
+    ++activity().allocations;
     void* p = std::aligned_alloc(256, (n + 255) / 256 * 256);
     TORCH_CHECK(p != nullptr, "out of memory for ", n, " bytes");
     std::memset(p, 0xff, n);
@@ -69,7 +70,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   c10::Stream exchangeStream(c10::Stream s) const override { return s; }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
-  void synchronizeDevice(c10::DeviceIndex) const override {}
+  void synchronizeDevice(c10::DeviceIndex) const override { ++activity().waits; }
 };
 C10_REGISTER_GUARD_IMPL(MPS, Guard)
 
@@ -86,8 +87,8 @@ struct Hooks final : at::MPSHooksInterface {
   void setCurrentDevice(c10::DeviceIndex) const override {}
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
-  void deviceSynchronize() const override {}
-  void commitStream() const override {}
+  void deviceSynchronize() const override { ++activity().waits; }
+  void commitStream() const override { ++activity().waits; }
   void emptyCache() const override {}
   c10::Allocator* getMPSDeviceAllocator() const override { return &allocator; }
 };
@@ -132,6 +133,7 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
 }
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+  if (from.is_mps() && !to.is_mps()) ++activity().waits;
   at::Tensor target = on_host(to);
   target.copy_(on_host(from).expand_as(target));
   if (to.is_mps()) mark_written(to);
@@ -194,6 +196,7 @@ at::Tensor& zero_(at::Tensor& t) {
 }
 
 at::Scalar local_scalar(const at::Tensor& t) {
+  ++activity().waits;
   return on_host(t).item();
 }
 
@@ -222,6 +225,11 @@ uint8_t* written_at(const void* p) {
   --it;
   if (address - it->first >= it->second.size) return nullptr;
   return it->second.written.get() + (address - it->first);
+}
+
+Activity& activity() {
+  static auto* a = new Activity();
+  return *a;
 }
 
 Extent extent_of(const at::Tensor& t) {

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -18,5 +19,12 @@ struct Extent {
   size_t size;
 };
 Extent extent_of(const at::Tensor& t);
+
+// What costs time on a Mac beside kernels.
+struct Activity {
+  std::atomic<uint64_t> allocations{0};
+  std::atomic<uint64_t> waits{0};  // copies to the CPU, values read there, synchronization, commits
+};
+Activity& activity();
 
 }  // namespace sim

@@ -50,8 +50,8 @@ constexpr unsigned kMaxBuffers = 31;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kMaxThreadgroupMemory = 32768;
 
-// Runs a kernel in every order of options().seeds. Throws std::runtime_error with everything that is
-// known about the first fault.
+// Runs a kernel in every order of options().seeds. Throws std::runtime_error with everything that
+// is known about the first fault.
 void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, msl::Size3 grid,
               msl::Size3 group);
 

@@ -18,7 +18,7 @@ from .compiler import (
     HERE,
     INCLUDE,
     CompileError,
-    compile_kernels,
+    embed_shaders,
     machine_flags,
     preprocess,
     run,
@@ -221,12 +221,12 @@ def check(source: str) -> list[str]:
     preprocessed = preprocess(source)
     problems += token_rules(preprocessed)
     try:
-        compile_kernels(source)
+        recursive = recursion(preprocessed)
     except (CompileError, ValueError) as error:
         return [*problems, str(error)]
     message = address_spaces(preprocessed)
     problems += [message] if message else []
-    return problems + [f"recursion in {name}" for name in recursion(preprocessed)]
+    return problems + [f"recursion in {name}" for name in recursive]
 
 
 def instantiate(source: str, instances: list[str]) -> str:
@@ -241,12 +241,4 @@ def instantiate(source: str, instances: list[str]) -> str:
 
 def flatten(path: Path) -> str:
     """A kernel file with its headers, by the same code that embeds it in the binary."""
-    import importlib.util
-
-    script = path.parents[1] / "csrc" / "mps" / "embed_shaders.py"
-    spec = importlib.util.spec_from_file_location("embed_shaders", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.flatten(path))
+    return str(embed_shaders().flatten(path))

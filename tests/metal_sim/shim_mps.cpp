@@ -144,7 +144,8 @@ void launch(Function* f, const uint64_t* length, size_t dims, const uint64_t* gr
 
 std::string json() {
   std::ostringstream out;
-  out << "{\"kernels\":[";
+  out << "{\"allocations\":" << activity().allocations << ",\"waits\":" << activity().waits
+      << ",\"kernels\":[";
   for (size_t i = 0; i < kernels_run().size(); ++i) {
     out << (i ? "," : "") << '"' << kernels_run()[i] << '"';
   }
@@ -190,6 +191,7 @@ int sim_record(const char* path) {
   return ok && (path == nullptr || sim::record != nullptr);
 }
 void sim_reset() {
+  sim::activity().allocations = sim::activity().waits = 0;
   sim::dispatches().clear();
   sim::kernels_run().clear();
 }

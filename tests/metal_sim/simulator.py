@@ -11,15 +11,28 @@ import ctypes
 import hashlib
 import json
 import os
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .compiler import CACHE, HERE, ROOT, CompileError, compile_kernels, host_compiler, run
+from .compiler import (
+    CACHE,
+    ENGINE,
+    ENGINE_HEADERS,
+    HERE,
+    INCLUDE,
+    JOBS,
+    ROOT,
+    atomic_write,
+    compile_kernels,
+    embed_shaders,
+    host_compiler,
+    run,
+)
 
 TORCH = Path(torch.__file__).resolve().parent
 _library: ctypes.CDLL | None = None
@@ -50,42 +63,34 @@ def _build(name: str, sources: list[Path], flags: list[str], depends: list[Path]
     digest = hashlib.sha256(repr((compiler, flags, torch.__version__, torch.__file__)).encode())
     for path in sorted({*sources, *depends}):
         digest.update(path.name.encode() + path.read_bytes())
-    target = CACHE / f"{name}-{digest.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
-    CACHE.mkdir(parents=True, exist_ok=True)
-    objects = []
-    for source in sources:
-        own = hashlib.sha256(digest.digest() + source.name.encode()).hexdigest()[:24]
-        obj = CACHE / f"{own}.{os.getpid()}.o"
-        run([compiler, *flags, "-c", str(source), "-o", str(obj)])
-        objects.append(obj)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    run([compiler, *map(str, objects), *_link_flags(), "-o", str(temporary)])
-    temporary.replace(target)
-    for obj in objects:
-        obj.unlink()
-    return target
+
+    def build(temporary: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder, ThreadPoolExecutor(JOBS) as pool:
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+            commands = [
+                [compiler, *flags, "-c", str(source), "-o", obj]
+                for source, obj in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(run, commands))
+            run([compiler, *objects, *_link_flags(), "-o", str(temporary)])
+
+    return atomic_write(CACHE / f"{name}-{digest.hexdigest()[:24]}.so", build)
 
 
 def build_simulator() -> Path:
     """The shared library with the engine, the shim and the device."""
-    sources = [HERE / name for name in ("engine.cpp", "device.cpp", "shim_mps.cpp")]
-    headers = [HERE / "engine.h", HERE / "device.h", HERE / "include" / "msl_runtime.h"]
-    flags = [*_flags(), "-std=c++20", "-O2", f"-I{HERE / 'include'}", "-Wno-unused-parameter"]
+    sources = [*ENGINE, HERE / "device.cpp", HERE / "shim_mps.cpp"]
+    headers = [*ENGINE_HEADERS, HERE / "device.h"]
+    flags = [*_flags(), "-std=c++20", "-O2", f"-I{INCLUDE}", "-Wno-unused-parameter"]
     return _build("libmetal_sim", sources, flags, headers)
 
 
 def build_host() -> Path:
     """csrc/mps/*.cpp with the embedded kernels, compiled as on macOS but for the target."""
     csrc = ROOT / "csrc"
-    generated = CACHE / "shader_sources.cpp"
-    script = csrc / "mps" / "embed_shaders.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(generated)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise CompileError(done.stderr)
+    text = embed_shaders().generate()
+    name = f"shader_sources-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cpp"
+    generated = atomic_write(CACHE / name, lambda temporary: temporary.write_text(text))
     sources = [*sorted((csrc / "mps").glob("*.cpp")), generated]
     headers = [*csrc.glob("*.h"), *(csrc / "mps").glob("*.h")]
     flags = [
@@ -172,9 +177,10 @@ def seed(*values: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counting() -> Iterator[dict[str, Any]]:
-    """Counts memory traffic; the dict is filled when the block ends (see engine.h, Dispatch).
+    """Counts memory traffic, allocations and waits; the dict is filled when the block ends.
 
-    Kernels run in one order meanwhile, or each call would be counted several times.
+    Its keys are those of engine.h's Dispatch and device.h's Activity. Kernels run in one order
+    meanwhile, or each call would be counted several times.
     """
     report: dict[str, Any] = {}
     library = _loaded()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import simulator
-from .compiler import COMMON, HERE, INCLUDE, INSTRUMENT, CompileError, preprocess, run, zig
+from .compiler import COMMON, ENGINE, HERE, INCLUDE, INSTRUMENT, CompileError, preprocess, run, zig
 from .cuda_replay import units
 from .prepass import to_cpp
 from .sanitize import Call, tables
@@ -39,7 +39,7 @@ def build(sources: list[str], folder: Path) -> Path:
         text = to_cpp(preprocess(source))
         run([str(zig()), "clang", *flags, "-c", "-", "-o", str(objects[-1])], text)
     (folder / "tables.cpp").write_text(tables(len(sources)))
-    files = [HERE / "engine.cpp", HERE / "engine_replay.cpp", folder / "tables.cpp"]
+    files = [*ENGINE, HERE / "engine_replay.cpp", folder / "tables.cpp"]
     target = folder / "engine_replay"
     flags = ["-std=c++20", "-O1", f"-I{INCLUDE}", f"-I{HERE}", "-rdynamic"]
     run([COMPILER, *flags, *map(str, files), *map(str, objects), "-ldl", "-o", str(target)])

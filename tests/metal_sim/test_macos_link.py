@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from .compiler import CACHE, HERE, ROOT, CompileError, run, zig
+from .compiler import CACHE, HERE, JOBS, ROOT, CompileError, run, zig
 from .macho import Symbols, symbols
 
 WHEELS = CACHE.parent / "macos"
@@ -75,9 +75,8 @@ def compile_all(compiler: str, version: str, folder: Path) -> list[Path]:
     shaders = folder / "shader_sources.cpp"
     run([sys.executable, str(ROOT / "csrc" / "mps" / "embed_shaders.py"), str(shaders)])
     csrc = ROOT / "csrc"
-    sources = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp"), *csrc.glob("mps/*.cpp")]
-    # Folders of other issues join as they come.
-    sources += list(csrc.glob("memory/*.cpp"))
+    folders = (csrc, csrc / "cpu", csrc / "memory", csrc / "mps")
+    sources = [path for folder in folders for path in folder.glob("*.cpp")]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"
@@ -93,7 +92,7 @@ def compile_all(compiler: str, version: str, folder: Path) -> list[Path]:
         run([compiler, "c++", "-target", TARGET, *flags, "-c", str(source), "-o", str(target)])
         return target
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         return list(
             pool.map(compile_one, [*sorted(sources), *sorted(csrc.glob("mps/*.mm")), shaders])
         )
