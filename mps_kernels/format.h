@@ -1,7 +1,7 @@
 // The storage format (csrc/format.h) as the kernels read it.
 //
-// Arguments: scalars arrive as 64-bit integers, so two 32-bit values share one (csrc/mps/launch.h
-// packs them); every extent and stride is below 2**31, and products are taken in 64 bits.
+// Arguments: scalars arrive as 64-bit integers, so two 32-bit values share one (Launch::pair in
+// csrc/mps/shader_library.h); every extent and stride is below 2**31, products are taken in 64 bits.
 #pragma once
 
 #include <metal_stdlib>

@@ -21,8 +21,9 @@ struct Tiling {
   static constant constexpr int FN = TILE / 8 / (4 / ROWS);
 };
 
-// TRANSPOSED false: out[m, n] = sum_k x[m, k] * w[n, k];  true: out[m, k] = sum_n x[m, n] * w[n,
-// k]. `depth_begin`..`depth_end` is the part of the sum that this threadgroup takes (split-K).
+// TRANSPOSED false: out[m, n] = sum_k x[m, k] * w[n, k]
+// TRANSPOSED true:  out[m, k] = sum_n x[m, n] * w[n, k]
+// `depth_begin`..`depth_end` is the part of the sum that this threadgroup takes (split-K).
 template <typename T, typename O, typename S, int BITS, int SCHEME, bool ALIGNED, int BM,
           bool TRANSPOSED>
 inline void gemm_tile(device const uchar* codes, device const S* scale,

@@ -1,9 +1,8 @@
-// floats -> codes, scales and zero points or offsets, by the rules of
-// mergekit_torch/ops/quantize.py
-// (`reference`), with the same rounding at every step.
+// floats -> codes, scales and zero points or offsets, by the rules of `reference` in
+// mergekit_torch/ops/quantize.py, with the same rounding at every step.
 // Floor: the weight read once and the codes written once over the memory bandwidth. A simdgroup
-// takes a row, 512 elements at a time; a lane has 16 of them and shares its group with group_size /
-// 16 neighbours. A group that is the whole row is read twice.
+// takes a row, 512 elements at a time; a lane has 16 of them, and group_size / 16 lanes share a
+// group. A group that is the whole row is read twice.
 #include "format.h"
 
 constant constexpr int QUANTIZE_SIMDGROUPS = 4;

@@ -114,3 +114,12 @@ def test_a_device_that_is_not_there(capsys):
     assert code == 1
     assert "'cuda' must be present" in err
     assert mkrs(capsys, "--device", "tpu")[0] == 1
+
+
+@pytest.mark.skipif("torch.backends.mps.is_available()", reason="there is a GPU")
+def test_a_mac_without_metal(capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    code, _, err = mkrs(capsys, "--device", "mps")
+    assert code == 1
+    assert "'mps' must have a Metal GPU and macOS 14 or later" in err
+    assert "everything also runs on the CPU" in err

@@ -214,3 +214,25 @@ def test_doctor(capsys, monkeypatch) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["machine"]["chip"] == "simulated Metal GPU"
     assert data["failed"] == 0
+
+
+def test_doctor_reads_a_mapped_file(monkeypatch) -> None:
+    """Buffers over mapped files are for a Mac; what the doctor makes of them is not."""
+    from mergekit_torch.cli import doctor
+
+    def put(share) -> None:
+        monkeypatch.setattr(torch.ops.mkrs, "mps_share", share, raising=False)
+
+    def fail(t):
+        raise RuntimeError("mkrs::mps_share: no")
+
+    assert doctor.mapped_file(MPS) == (True, "")
+    put(lambda t: ([t[:600].to(MPS), t[600:].to(MPS)], ""))
+    assert doctor.mapped_file(MPS) == (True, "used in place, right")
+    assert doctor.mapped_file(torch.device("cpu")) == (True, "")
+    put(lambda t: ([t.to(MPS)], "one row is too long"))
+    assert doctor.mapped_file(MPS) == (True, "copied: one row is too long")
+    put(lambda t: ([t.to(MPS) + 1], ""))
+    assert doctor.mapped_file(MPS) == (False, "WRONG: the tensor over it has other values")
+    put(fail)
+    assert doctor.mapped_file(MPS) == (False, "WRONG: mkrs::mps_share: no")

@@ -3,8 +3,6 @@
 #pragma once
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 
-#define MSL_GLOBAL __global
-#define METAL_FUNC inline
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
@@ -28,9 +26,17 @@ template <typename To, typename From> To as_type(From value);
 
 float fma(float, float, float);
 float rint(float);
+float floor(float);
+float ceil(float);
 float fabs(float);
+float sqrt(float);
+float exp2(float);
 bool isnan(float);
+bool isinf(float);
 bool isfinite(float);
+int abs(int);
+template <typename T> T select(T, T, bool);
+template <typename T, int N> T dot(vec<T, N>, vec<T, N>);
 #define MSL_ORDER(T) T min(T, T); T max(T, T); T clamp(T, T, T);
 MSL_ORDER(uchar) MSL_ORDER(int) MSL_ORDER(uint) MSL_ORDER(float)
 
@@ -42,7 +48,9 @@ template <typename T> T simd_min(T);
 template <typename T> T simd_max(T);
 bool simd_any(bool);
 bool simd_all(bool);
+template <typename T> T simd_shuffle(T, ushort);
 template <typename T> T simd_shuffle_xor(T, ushort);
+template <typename T> T simd_broadcast(T, ushort);
 
 template <typename T, int R, int C> struct simdgroup_matrix { T element[2]; };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
