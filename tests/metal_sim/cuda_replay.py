@@ -121,12 +121,12 @@ def record(folder: Path, seed: int, every: bool) -> list[str]:
 
     simulator.load()
     chosen = selftest.cases("mps", quick=not every)
-    with simulator.recording(folder / "calls.bin"):
+    with simulator.recording(folder / "calls.bin") as sources:
         result = selftest.run_cases(torch.device("mps"), chosen, seed)
     if result.failures:
         raise RuntimeError("the simulator itself is wrong: " + "\n".join(result.failures))
     print(f"recorded {result.count} cases, seed {seed}", flush=True)
-    return simulator.sources()
+    return sources
 
 
 def units(sources: list[str]) -> list[str]:

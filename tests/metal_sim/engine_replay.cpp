@@ -31,7 +31,10 @@ int main(int count, char** arguments) {
   int calls = 0, wrong = 0;
   while (reader.next(call)) {
     const auto found = kernels.find(call.kernel);
-    if (found == kernels.end()) continue;
+    if (found == kernels.end()) {
+      std::fprintf(stderr, "engine_replay: no kernel %s in this build\n", call.kernel.c_str());
+      return 2;
+    }
     const msl::Kernel& kernel = *found->second;
     std::vector<sim::Binding> bindings(sim::kMaxBuffers);
     std::vector<std::vector<char>> memory(call.arguments.size());

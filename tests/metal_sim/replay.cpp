@@ -336,8 +336,8 @@ int main(int count, char** arguments) {
   while (reader.next(call)) {
     if (call.kernel.compare(0, prefix.size(), prefix) != 0) continue;
     const auto found = kernels.find(call.kernel);
-    if (found == kernels.end()) continue;  // this build has a part of the kernels only
-    m.kernel = found->second;
+    m.kernel = found == kernels.end() ? nullptr : found->second;
+    if (m.kernel == nullptr) fail("no kernel " + call.kernel + " in this build");
     std::vector<char*> memory(call.arguments.size());
     for (size_t i = 0; i < memory.size(); ++i) {
       const replay::Argument& a = call.arguments[i];

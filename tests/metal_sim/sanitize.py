@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -21,6 +20,7 @@ from .compiler import (
     atomic_write,
     machine_flags,
     preprocess,
+    run,
 )
 from .prepass import to_cpp
 
@@ -55,12 +55,6 @@ def clang(flavour: str) -> tuple[str, str]:
     return "", reason
 
 
-def _run(command: list[str], text: str | None = None) -> None:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise CompileError(done.stderr)
-
-
 def tables(count: int) -> str:
     """C++ that lists the kernels of ``count`` units, compiled with their tables renamed."""
     rows = ", ".join(f"{{kernels_{n}, count_{n}}}" for n in range(count))
@@ -93,15 +87,15 @@ def build(flavour: str, sources: list[str]) -> Path:
             flags = [*COMMON, *(f for f in machine_flags() if f.startswith("-m"))]
             flags += [f"-fsanitize={flavour}", f"-I{INCLUDE}"]
             flags += [f"-Dmsl_kernels=kernels_{n}", f"-Dmsl_kernel_count=count_{n}"]
-            _run([compiler, *flags, "-c", "-", "-o", str(objects[-1])], to_cpp(preprocess(source)))
+            run([compiler, *flags, "-c", "-", "-o", str(objects[-1])], to_cpp(preprocess(source)))
         plain = ["-std=c++17", "-O1", "-g1", f"-D{FLAVOURS[flavour]}", f"-I{INCLUDE}", f"-I{HERE}"]
         objects += [folder / "tables.o", folder / "replay.o"]
-        _run(
+        run(
             [compiler, *plain, "-x", "c++", "-c", "-", "-o", str(objects[-2])], tables(len(sources))
         )
-        _run([compiler, *plain, "-c", str(HERE / "replay.cpp"), "-o", str(objects[-1])])
+        run([compiler, *plain, "-c", str(HERE / "replay.cpp"), "-o", str(objects[-1])])
         link = [compiler, f"-fsanitize={flavour}", *map(str, objects), "-o"]
-        return atomic_write(target, lambda temporary: _run([*link, str(temporary)]))
+        return atomic_write(target, lambda temporary: run([*link, str(temporary)]))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -141,8 +135,3 @@ class Call:
         for data in self.arguments:
             out += [data, bytes(len(data))]
         return b"".join(out)
-
-
-def kernel_names(source: str) -> list[str]:
-    """The host names of the kernels that a source instantiates."""
-    return re.findall(r'\[\[host_name\("([^"]+)"\)\]\]', source)

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,8 @@ from .compiler import (
 TORCH = Path(torch.__file__).resolve().parent
 _library: ctypes.CDLL | None = None
 _keep: list[Any] = []
-_sources: list[str] = []
+_source_of: dict[str, str] = {}  # by kernel name
+_HOST_NAME = re.compile(r'\[\[host_name\("([^"]+)"\)\]\]')
 
 
 def _flags() -> list[str]:
@@ -123,7 +125,7 @@ def load() -> None:
     def compile_callback(source: bytes, answer: int, size: int) -> int:
         try:
             text, status = str(compile_kernels(source.decode())), 0
-            _sources.append(source.decode())
+            _source_of.update(dict.fromkeys(_HOST_NAME.findall(source.decode()), source.decode()))
         except Exception as error:  # a callback cannot raise
             text, status = f"{type(error).__name__}: {error}", 1
         data = text.encode()[: size - 1] + b"\0"
@@ -196,25 +198,26 @@ def counting() -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def recording(path: Path) -> Iterator[None]:
-    """Writes every kernel call, with its memory before and after, to ``path`` (see replay.h)."""
+def recording(path: Path) -> Iterator[list[str]]:
+    """Writes every kernel call, with its memory before and after, to ``path`` (see replay.h).
+
+    The list is filled with the sources of the kernels that ran when the block ends.
+    """
     library = _loaded()
+    library.sim_reset()
     if not library.sim_record(str(path).encode()):
         raise OSError(f"cannot write {path}")
+    sources: list[str] = []
     try:
-        yield
+        yield sources
+        sources += [_source_of[name] for name in kernels_run()]
     finally:
         if not library.sim_record(None):
             raise OSError(f"cannot write {path}")
 
 
-def sources() -> list[str]:
-    """The source of every kernel that this process has compiled."""
-    return list(_sources)
-
-
 def kernels_run() -> list[str]:
-    """Names of all kernels that ran since the process started or `counting` ended."""
+    """Names of all kernels since the process, the last `counting` or the last `recording` began."""
     return list(json.loads(_loaded().sim_report())["kernels"])
 
 

@@ -56,13 +56,12 @@ def test_kernels_on_arm64(tmp_path) -> None:
     from mergekit_torch import selftest
 
     simulator.load()
-    before = len(simulator.sources())
     calls = tmp_path / "calls.bin"
-    with simulator.recording(calls):
+    with simulator.recording(calls) as sources:
         chosen = [c for c in selftest.cases("mps", quick=True)[::9] if c.out_features < 100]
         result = selftest.run_cases(torch.device("mps"), chosen, seed=2)
     assert not result.failures
-    program = build(units(simulator.sources()[before:]), tmp_path)
+    program = build(units(sources), tmp_path)
     done = emulate(program, calls, seed=5)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) >= 20
