@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -76,7 +77,11 @@ def _build(name: str, sources: list[Path], flags: list[str], depends: list[Path]
             list(pool.map(run, commands))
             run([compiler, *objects, *_link_flags(), "-o", str(temporary)])
 
-    return atomic_write(CACHE / f"{name}-{digest.hexdigest()[:24]}.so", build)
+    target = CACHE / f"{name}-{digest.hexdigest()[:24]}.so"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one builds
+        return atomic_write(target, build)
 
 
 def build_simulator() -> Path:

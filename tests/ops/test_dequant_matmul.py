@@ -125,8 +125,10 @@ def test_reference_agrees(device):
     w = random_weight(17, 100, 4, 32, "asymmetric")
     x, bias = torch.randn(4, 100), torch.randn(17)
     expected = reference(x, *w.components, bias, 4, 32)
-    got = ops.dequant_matmul(x, *w.components, bias, bits=4, group_size=32)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got = ops.dequant_matmul(
+        x.to(device), *w.to(device).components, bias.to(device), bits=4, group_size=32
+    )
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients(device):

@@ -47,14 +47,21 @@ def test_views(device):
     check(base[..., :32], rows)
 
 
-def test_reference_agrees_and_empty():
+def test_reference_agrees_and_empty(device):
     w = random_weight(17, 100, 2, 32, "symmetric")
     x = torch.randn(4, 17)
-    got = ops.dequant_matmul_t(x, *w.components, bits=2, group_size=32, in_features=100)
-    torch.testing.assert_close(got, reference(x, *w.components, 2, 32, 100), rtol=1e-5, atol=1e-5)
+    expected = reference(x, *w.components, 2, 32, 100)
+    got = ops.dequant_matmul_t(
+        x.to(device), *w.to(device).components, bits=2, group_size=32, in_features=100
+    )
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
     for rows, k, m in ((0, 64, 3), (4, 0, 3), (4, 64, 0)):
-        w = random_weight(rows, k, 4, 16, "affine")
+        w = random_weight(rows, k, 4, 16, "affine", device=device)
         got = ops.dequant_matmul_t(
-            torch.randn(m, rows), *w.components, bits=4, group_size=16, in_features=k
+            torch.randn(m, rows, device=device),
+            *w.components,
+            bits=4,
+            group_size=16,
+            in_features=k,
         )
-        assert torch.equal(got, torch.zeros(m, k))
+        assert torch.equal(got.cpu(), torch.zeros(m, k))
