@@ -298,6 +298,7 @@ void run_once(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
   for (u32 i = 0; i < total; ++i) order[i] = i;
   if (seed != 0) shuffle(order);
   if (m.fibers.size() < threads) m.fibers.resize(threads);
+  for (uint64_t i = 0; i < threads; ++i) scrub(m.fibers[i], static_cast<uint8_t>(seed * 37 + 85));
 
   for (u32 turn = 0; turn < total; ++turn) {
     const u32 g = order[turn];

@@ -83,13 +83,17 @@ void start() {
 
 }  // namespace
 
-void prepare(Fiber& f) {
+void scrub(Fiber& f, uint8_t byte) {
   if (f.stack == nullptr) {
     void* p = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::runtime_error("no memory for a fiber's stack");
     mprotect(p, 4096, PROT_NONE);
     f.stack = static_cast<char*>(p);
   }
+  std::memset(f.stack + kStack - kScrubbed, byte, kScrubbed);
+}
+
+void prepare(Fiber& f) {
   void** sp = reinterpret_cast<void**>(f.stack + kStack - 64);
 #if defined(__x86_64__)
   *--sp = nullptr;  // keeps the stack 16-byte aligned at entry

@@ -18,6 +18,7 @@ namespace sim {
 using msl::u32;
 
 constexpr size_t kStack = 256 * 1024;
+constexpr size_t kScrubbed = 4 * 1024;  // of a stack: about what kernels use
 constexpr size_t kRedzone = 64;  // around threadgroup variables, which take at least 16 bytes
 constexpr size_t kArena = kMaxThreadgroupMemory / 16 * (16 + 2 * kRedzone);
 constexpr unsigned kLanes = 32;
@@ -125,7 +126,9 @@ inline Machine& machine() {
 
 // ---- fibers.cpp --------------------------------------------------------------------------------
 
-// The fiber at the kernel's entry, on a stack of its own.
+// Gives a fiber its stack and fills it, so that unwritten private variables differ between orders.
+void scrub(Fiber& f, uint8_t byte);
+// The fiber at the kernel's entry.
 void prepare(Fiber& f);
 // Runs a fiber until it leaves; `leave` goes back to the scheduler.
 void enter(Fiber& f);

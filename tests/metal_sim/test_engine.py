@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import pytest
@@ -295,6 +296,11 @@ BUGS = {
 }""",
         "more than 32768 bytes of threadgroup memory",
     ),
+    "shift by more than the width": (
+        "kernel void k(device float* a [[buffer(0)]], uint i [[thread_position_in_grid]]) "
+        "{ a[i] = float(1u << (i + 30)); }",
+        "a shift by more than the width",
+    ),
     "division by zero": (
         "kernel void k(device float* a [[buffer(0)]], uint i [[thread_position_in_grid]]) "
         "{ a[i] = float(7 / (int(i) - int(i))); }",
@@ -311,6 +317,22 @@ def test_bug_is_reported(bug: str, order: int) -> None:
     with simulator.seed(order), pytest.raises(RuntimeError) as caught:
         run(source, [floats(64)], grid=(64,), group=group)
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_unwritten_private_memory_differs_between_orders() -> None:
+    source = """
+kernel void k(device float* a [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  float t[8];
+  for (uint j = 0; j < i % 8; j++) t[j] = a[i] + float(j);
+  a[i] = t[(i + 3) % 8];
+}"""
+    with (
+        simulator.seed(1, 2),
+        pytest.raises(RuntimeError, match="depends on the order of threads"),
+    ):
+        run(source, [floats()], grid=(64,), group=(64,))
+    with simulator.seed(1, 2):
+        run(source.replace("i % 8; j++", "8; j++"), [floats()], grid=(64,), group=(64,))
 
 
 def test_reports_name_kernel_thread_and_line() -> None:
@@ -377,6 +399,20 @@ def test_argument_mismatches(tensors, values, message) -> None:
     }
     with pytest.raises(RuntimeError, match=message):
         simulator.launch(HEAD + COPY, "k", {i: made[t] for i, t in tensors.items()}, values)
+
+
+def test_encoding_outside_a_command_block() -> None:
+    shim = ctypes.CDLL(str(simulator.build_simulator()))
+    library, function = ctypes.c_void_p(), ctypes.c_void_p()
+    source = (HEAD + COPY).encode()
+    assert shim.aoti_torch_mps_create_shader_library(source, ctypes.byref(library)) == 0
+    assert shim.aoti_torch_mps_get_kernel_function(library, b"k", ctypes.byref(function)) == 0
+    assert shim.aoti_torch_mps_start_encoding(function) != 0
+    assert shim.aoti_torch_mps_set_arg_int(function, 2, ctypes.c_int64(4)) != 0
+    size = (ctypes.c_uint64 * 1)(32)
+    dispatch = shim.aoti_torch_mps_dispatch_array_with_group_size
+    assert dispatch(function, size, ctypes.c_size_t(1), size, ctypes.c_size_t(1)) != 0
+    shim.aoti_torch_mps_delete_shader_library(library)
 
 
 def test_values_must_be_eight_bytes() -> None:
