@@ -99,11 +99,11 @@ def activity(call) -> tuple[int, int]:
 def test_a_product_allocates_its_output(rows, parts, allocations, monkeypatch) -> None:
     """Strided input and a slice of a weight too; split sums take a workspace besides."""
     monkeypatch.setenv("MKRS_MPS_PARTS", str(parts))
-    w = random_weight(21, 96, 4, 32, "affine", device="mps")
-    part = [None if t is None else t[2:19] for t in w.components]
+    w = random_weight(70, 96, 4, 32, "affine", device="mps")
+    part = [None if t is None else t[2:67] for t in w.components]
     x = torch.randn(rows, 100).half().to("mps")[:, 2:98]
-    y = torch.randn(rows, 30).half().to("mps")[:, 4:21]
-    bias = torch.randn(17).half().to("mps")
+    y = torch.randn(rows, 80).half().to("mps")[:, 4:69]
+    bias = torch.randn(65).half().to("mps")
     product = torch.ops.mkrs.dequant_matmul
     assert activity(lambda: product(x, *part, bias, 4, 32)) == (allocations, 0)
     transposed = torch.ops.mkrs.dequant_matmul_t
