@@ -1,10 +1,9 @@
-#include "mps/zero_copy.h"
+// Metal buffers over pages that are mapped already: the only Objective-C, because torch's C shim
+// has nothing for it.
+#include "mps/share_mapped.h"
 
 #import <Foundation/Foundation.h>
 #import <Metal/Metal.h>
-
-#include <torch/csrc/stable/device.h>
-#include <unistd.h>
 
 namespace mkrs::mps {
 namespace {
@@ -15,87 +14,23 @@ id<MTLDevice> metal_device() {
   return device;
 }
 
-// Rows [begin, end) of `host` over its own pages; an undefined Tensor when Metal refuses.
-// The only place where a Metal buffer becomes a torch tensor: for torch the data pointer of an MPS
-// tensor is its MTLBuffer, and the place in the buffer is the storage offset.
-std::optional<Tensor> share_rows(const Tensor& host, int64_t begin, int64_t end,
-                                 int64_t row_bytes) {
-  const uintptr_t page = static_cast<uintptr_t>(getpagesize());
-  const uintptr_t first = reinterpret_cast<uintptr_t>(host.const_data_ptr()) +
-                          static_cast<uintptr_t>(begin * row_bytes);
-  const uintptr_t last = first + static_cast<uintptr_t>((end - begin) * row_bytes);
-  const uintptr_t from = first / page * page, to = (last + page - 1) / page * page;
-  const int64_t item = static_cast<int64_t>(host.element_size());
-  id<MTLBuffer> buffer = [metal_device() newBufferWithBytesNoCopy:reinterpret_cast<void*>(from)
-                                                           length:to - from
+}  // namespace
+
+int64_t longest_buffer() {
+  return metal_device() == nil ? 0 : static_cast<int64_t>([metal_device() maxBufferLength]);
+}
+
+void* buffer_over(void* pages, size_t length) {
+  id<MTLBuffer> buffer = [metal_device() newBufferWithBytesNoCopy:pages
+                                                           length:length
                                                           options:MTLResourceStorageModeShared
                                                       deallocator:nil];
-  if (buffer == nil) return std::nullopt;
-  std::vector<int64_t> sizes(static_cast<size_t>(host.dim())), strides(sizes.size());
-  for (int64_t i = 0; i < host.dim(); ++i) {
-    sizes[static_cast<size_t>(i)] = i == 0 ? end - begin : host.size(i);
-    strides[static_cast<size_t>(i)] = host.stride(i);
-  }
-  void* handle = (__bridge_retained void*)buffer;
-  return torch::stable::from_blob(
-      handle, torch::headeronly::IntHeaderOnlyArrayRef(sizes),
-      torch::headeronly::IntHeaderOnlyArrayRef(strides),
-      torch::stable::Device(torch::headeronly::DeviceType::MPS, 0), host.scalar_type(),
-      // The buffer goes first, then the last owner of the pages.
-      [host](void* data) {
-        id<MTLBuffer> owned = (__bridge_transfer id<MTLBuffer>)data;
-        (void)owned;
-      },
-      static_cast<int64_t>(first - from) / item);
+  return (__bridge_retained void*)buffer;
 }
 
-Shared copy(const Tensor& host, std::string why) {
-  const torch::stable::Device mps(torch::headeronly::DeviceType::MPS, 0);
-  return {{torch::stable::to(host, mps)}, std::move(why)};
+void release_buffer(void* buffer) {
+  id<MTLBuffer> owned = (__bridge_transfer id<MTLBuffer>)buffer;
+  (void)owned;
 }
 
-}  // namespace
-
-Shared share_mapped(const Tensor& host) {
-  const char* op = "mps_share";
-  MKRS_CHECK(host.is_cpu(), op, "mapped must be on cpu, got a tensor on another device");
-  MKRS_CHECK(host.is_contiguous(), op, "mapped must be contiguous, got shape ", shape_string(host),
-             " with gaps");
-  MKRS_CHECK(metal_device() != nil, op, "a Metal device must be there, got none");
-  const int64_t item = static_cast<int64_t>(host.element_size());
-  if (host.numel() == 0 || host.dim() == 0) return copy(host, "a tensor without pages of its own");
-  if (reinterpret_cast<uintptr_t>(host.const_data_ptr()) % static_cast<uintptr_t>(item) != 0) {
-    return copy(host, "the file stores it at an address that is no multiple of its element size");
-  }
-  const int64_t rows = host.size(0), row_bytes = host.numel() / rows * item;
-  const int64_t page = getpagesize();
-  const int64_t longest = static_cast<int64_t>([metal_device() maxBufferLength]) - 2 * page;
-  if (row_bytes > longest) return copy(host, "one row is longer than Metal's longest buffer");
-  const int64_t each = longest / row_bytes;
-  Shared shared;
-  for (int64_t begin = 0; begin < rows; begin += each) {
-    std::optional<Tensor> piece = share_rows(host, begin, std::min(begin + each, rows), row_bytes);
-    if (!piece.has_value()) return copy(host, "Metal takes no buffer over this memory");
-    shared.pieces.push_back(*piece);
-  }
-  return shared;
-}
-
-namespace {
-
-std::tuple<std::vector<Tensor>, std::string> mps_share(const Tensor& mapped) {
-  Shared shared = share_mapped(mapped);
-  return {shared.pieces, shared.copied};
-}
-
-}  // namespace
 }  // namespace mkrs::mps
-
-// Only where there is Metal: the schema of an op that no other build could have.
-STABLE_TORCH_LIBRARY_FRAGMENT(mkrs, m) {
-  m.def("mps_share(Tensor mapped) -> (Tensor[] pieces, str copied)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mkrs, CPU, m) {
-  m.impl("mps_share", TORCH_BOX(&mkrs::mps::mps_share));
-}

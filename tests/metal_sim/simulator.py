@@ -93,12 +93,15 @@ def build_simulator() -> Path:
 
 
 def build_host() -> Path:
-    """csrc/mps/*.cpp with the embedded kernels, compiled as on macOS but for the target."""
+    """csrc/mps/*.cpp with the embedded kernels, compiled as on macOS but for the target.
+
+    buffers.cpp stands for csrc/mps/zero_copy.mm.
+    """
     csrc = ROOT / "csrc"
     text = embed_shaders().generate()
     name = f"shader_sources-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cpp"
     generated = atomic_write(CACHE / name, lambda temporary: temporary.write_text(text))
-    sources = [*sorted((csrc / "mps").glob("*.cpp")), generated]
+    sources = [*sorted((csrc / "mps").glob("*.cpp")), generated, HERE / "buffers.cpp"]
     headers = [*csrc.glob("*.h"), *(csrc / "mps").glob("*.h")]
     flags = [
         *_flags(),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from oracle import random_weight
 
-from mergekit_torch import ops
+from mergekit_torch import QuantizedTensor, ops
+from mergekit_torch.checkpoint import open_checkpoint, save_checkpoint
 from mergekit_torch.ops.dequant_reduce import REDUCTIONS
 
 from . import simulator
@@ -121,6 +126,98 @@ def test_other_ops_allocate_their_output() -> None:
     assert activity(lambda: mkrs.dequant_reduce(*kind, "sum")) == (1, 0)
     # codes, scale, offset and a status a row, which the CPU reads to refuse inf and NaN
     assert activity(lambda: mkrs.quantize(weight, 4, 32, "affine")) == (4, 1)
+
+
+# ---- mapped files ------------------------------------------------------------------------------
+
+LIMIT = 1 << 40
+
+
+@pytest.fixture
+def buffers() -> Iterator[ctypes.CDLL]:
+    library = ctypes.CDLL(str(simulator.build_host()))
+    library.sim_set_longest_buffer.argtypes = [ctypes.c_int64]
+    library.sim_live_buffers.restype = ctypes.c_int64
+    yield library
+    library.sim_set_longest_buffer(LIMIT)
+
+
+def test_mapped_tensors_are_used_in_place(buffers, tmp_path) -> None:
+    dense = torch.randn(300, 128)
+    path = tmp_path / "model.safetensors"
+    quantized = QuantizedTensor.from_float(dense, 4, 32, "affine")
+    save_checkpoint({"odd": torch.arange(7.0), "dense": dense.half(), "weight": quantized}, path)
+    checkpoint = open_checkpoint(path)
+    mapped = checkpoint["dense"]
+    for host in (mapped, mapped[17:40], mapped[5], checkpoint["weight"].codes):
+        (piece,), copied = torch.ops.mkrs.mps_share(host)
+        assert copied == ""
+        assert piece.device.type == "mps"
+        assert (piece.shape, piece.dtype, piece.stride()) == (
+            host.shape,
+            host.dtype,
+            host.stride(),
+        )
+        assert piece.data_ptr() == host.data_ptr()  # the same memory
+        assert torch.equal(piece.cpu(), host)
+    x = torch.randn(3, 128)
+    scale, offset = (t.to("mps") for t in (quantized.scale, quantized.offset))
+    got = ops.dequant_matmul(x.to("mps"), piece, scale, None, offset, bits=4, group_size=32)
+    torch.testing.assert_close(got.cpu(), x @ quantized.dequantize().T, rtol=1e-4, atol=1e-4)
+    # The mapping lives as long as a tensor over it, and each buffer is given back once.
+    (piece,), _ = torch.ops.mkrs.mps_share(mapped)
+    assert buffers.sim_live_buffers() == 1
+    checkpoint.close()
+    del checkpoint, mapped, host
+    gc.collect()
+    assert torch.equal(piece.cpu(), dense.half())
+    del piece
+    assert buffers.sim_live_buffers() == 0
+
+
+def test_long_mapped_tensors_are_split(buffers, tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    dense = torch.randn(300, 128)
+    save_checkpoint({"odd": torch.arange(7.0), "dense": dense}, path)
+    with open_checkpoint(path) as checkpoint:
+        mapped = checkpoint["dense"]
+        for longest in (2 * mmap.PAGESIZE + 512, 2 * mmap.PAGESIZE + 7000, 100_000):
+            buffers.sim_set_longest_buffer(longest)
+            pieces, copied = torch.ops.mkrs.mps_share(mapped)
+            assert copied == ""
+            assert len(pieces) == -(-300 // ((longest - 2 * mmap.PAGESIZE) // 512))
+            assert torch.equal(torch.cat([piece.cpu() for piece in pieces]), dense)
+            first = 0
+            for piece in pieces:
+                assert piece.data_ptr() == mapped[first].data_ptr()
+                first += piece.shape[0]
+
+
+def test_what_cannot_be_shared_is_copied_and_says_why(buffers, tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_checkpoint({"dense": torch.randn(300, 128), "empty": torch.empty(0, 3)}, path)
+    share = torch.ops.mkrs.mps_share
+
+    def copied(host: torch.Tensor) -> str:
+        (piece,), why = share(host)
+        assert piece.device.type == "mps"
+        assert torch.equal(piece.cpu(), host)
+        return why
+
+    with open_checkpoint(path) as checkpoint:
+        mapped = checkpoint["dense"]
+        assert "without pages" in copied(checkpoint["empty"])
+        assert "without pages" in copied(mapped[0, 0])
+        odd = torch.frombuffer(bytearray(401), dtype=torch.float32, offset=1)
+        assert "no multiple of its element size" in copied(odd)
+        buffers.sim_set_longest_buffer(2 * mmap.PAGESIZE + 511)
+        assert "one row is longer" in copied(mapped)
+        with pytest.raises(RuntimeError, match="mkrs::mps_share: mapped must be contiguous, got"):
+            share(mapped.T)
+        buffers.sim_set_longest_buffer(0)
+        with pytest.raises(RuntimeError, match="a Metal device must be there, got none"):
+            share(mapped)
+    assert buffers.sim_live_buffers() == 0
 
 
 # ---- errors ------------------------------------------------------------------------------------

@@ -18,4 +18,9 @@ struct Shared {
 // `host`, and so its mapping, alive.
 Shared share_mapped(const Tensor& host);
 
+// What that asks of Metal (zero_copy.mm; the tests have their own).
+int64_t longest_buffer();                       // bytes; 0 without a Metal device
+void* buffer_over(void* pages, size_t length);  // a retained MTLBuffer; null if Metal refuses
+void release_buffer(void* buffer);
+
 }  // namespace mkrs::mps
