@@ -1,14 +1,27 @@
-"""Prints how long each stage of the Metal tests took."""
+"""One thread while a test runs; prints how long each stage of the Metal tests took."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)
 _tests: dict[str, int] = defaultdict(int)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Simulated kernels run on one thread, and OpenMP's idle ones would spin beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_runtest_logreport(report: Any) -> None:

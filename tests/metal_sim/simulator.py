@@ -144,8 +144,6 @@ def load() -> None:
     _keep.append(compile_callback)
     _library = library
     set_seeds(*environment_seeds())
-    # Kernels run on one thread, and so should the rest: OpenMP's idle threads spin.
-    torch.set_num_threads(1)
 
     from mergekit_torch import verify  # importing the package defines the ops' schemas
 

@@ -159,6 +159,7 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     simulator.load()
     text = tables()
     print(text)

@@ -13,6 +13,7 @@ def device() -> torch.device:
         from metal_sim import simulator
 
         simulator.load()
+        torch.set_num_threads(1)  # kernels run on one, and OpenMP's idle threads would spin
     return torch.device(name)
 
 
