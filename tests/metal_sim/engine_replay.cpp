@@ -1,18 +1,11 @@
 // Runs recorded kernel calls on the simulator's engine without torch: where torch is not, as under
 // an emulated arm64. The kernels are linked in.
 //   engine_replay CALLS SEED
-#include <map>
 #include <stdexcept>
 
 #include "engine.h"
 #include "replay.h"
-
-struct Table {
-  const msl::Kernel* kernels;
-  int count;
-};
-extern const Table kTables[];
-extern const int kTableCount;
+#include "replay_kernels.h"
 
 int main(int count, char** arguments) {
   if (count != 3) {
@@ -20,22 +13,16 @@ int main(int count, char** arguments) {
     return 2;
   }
   sim::options().seeds = {std::strtoull(arguments[2], nullptr, 10)};
-  std::map<std::string, const msl::Kernel*> kernels;
-  for (int t = 0; t < kTableCount; ++t) {
-    for (int i = 0; i < kTables[t].count; ++i) {
-      kernels[kTables[t].kernels[i].name] = &kTables[t].kernels[i];
-    }
-  }
   replay::Reader reader(arguments[1]);
   replay::Call call;
   int calls = 0, wrong = 0;
   while (reader.next(call)) {
-    const auto found = kernels.find(call.kernel);
-    if (found == kernels.end()) {
+    const msl::Kernel* const found = find_kernel(call.kernel);
+    if (found == nullptr) {
       std::fprintf(stderr, "engine_replay: no kernel %s in this build\n", call.kernel.c_str());
       return 2;
     }
-    const msl::Kernel& kernel = *found->second;
+    const msl::Kernel& kernel = *found;
     std::vector<sim::Binding> bindings(sim::kMaxBuffers);
     std::vector<std::vector<char>> memory(call.arguments.size());
     for (size_t i = 0; i < memory.size(); ++i) {

@@ -12,23 +12,14 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <unordered_map>
 
-#include "msl_runtime.h"
+#include "replay_kernels.h"
 
 #if defined(MSL_ASAN)
 #include <sanitizer/common_interface_defs.h>
 #elif defined(MSL_TSAN)
 #include <sanitizer/tsan_interface.h>
 #endif
-
-// The kernels that were built in; sanitize.py writes this table.
-struct Table {
-  const msl::Kernel* kernels;
-  int count;
-};
-extern const Table kTables[];
-extern const int kTableCount;
 
 namespace {
 
@@ -324,19 +315,12 @@ int main(int count, char** arguments) {
                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (m.arena == MAP_FAILED) fail("no memory for threadgroups");
 #endif
-  std::unordered_map<std::string, const msl::Kernel*> kernels;
-  for (int t = 0; t < kTableCount; ++t) {
-    for (int i = 0; i < kTables[t].count; ++i) {
-      kernels[kTables[t].kernels[i].name] = &kTables[t].kernels[i];
-    }
-  }
   replay::Reader reader(arguments[1]);
   replay::Call call;
   int calls = 0, wrong = 0;
   while (reader.next(call)) {
     if (call.kernel.compare(0, prefix.size(), prefix) != 0) continue;
-    const auto found = kernels.find(call.kernel);
-    m.kernel = found == kernels.end() ? nullptr : found->second;
+    m.kernel = find_kernel(call.kernel);
     if (m.kernel == nullptr) fail("no kernel " + call.kernel + " in this build");
     std::vector<char*> memory(call.arguments.size());
     for (size_t i = 0; i < memory.size(); ++i) {

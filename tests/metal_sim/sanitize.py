@@ -72,7 +72,7 @@ def build(flavour: str, sources: list[str]) -> Path:
     if not compiler:
         raise CompileError(reason)
     digest = hashlib.sha256(f"{compiler} {flavour}".encode())
-    for path in sorted([*INCLUDE.iterdir(), HERE / "prepass.py", *HERE.glob("replay.*")]):
+    for path in sorted([*INCLUDE.iterdir(), HERE / "prepass.py", *HERE.glob("replay*")]):
         digest.update(path.read_bytes())
     digest.update("\0".join(sources).encode())
     target = CACHE / f"replay-{flavour}-{digest.hexdigest()[:24]}"
