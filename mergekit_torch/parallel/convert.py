@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ..checkpoint import Checkpoint, ConvertedCheckpoint, TensorSpec
-from ..checkpoint.save import _old_files, _plan
+from ..checkpoint.save import _SINGLE, _indexed, _plan
 from ..checkpoint.writer import _sync_directory, parse_size
 from ..memory import rewrite_checkpoint
 from .files import _write_json
@@ -224,7 +224,7 @@ def _commit(
     missing = [name for name in plan.files if not (staging / name).exists()]
     if missing:
         raise FileNotFoundError(f"{staging}: {', '.join(missing)} should be there, and is not")
-    stale = _old_files(directory, index)
+    stale = {directory / name for name in _indexed(index)} | {directory / _SINGLE}
     weight_map = {
         stored: name
         for name, part in plan.files.items()
