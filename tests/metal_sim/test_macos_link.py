@@ -20,8 +20,9 @@ from .compiler import CACHE, HERE, JOBS, ROOT, CompileError, run, zig
 from .macho import Symbols, symbols
 
 WHEELS = CACHE.parent / "macos"
-# Built against the first, and loaded by both: the newest release and the oldest supported one.
-VERSIONS = ("2.13.0", "2.11.0")
+# Built against the first and loaded by all: the newest release, the one that the Makefile installs
+# and the oldest that is supported.
+VERSIONS = ("2.15.0", "2.13.0", "2.11.0")
 TARGET = "aarch64-macos.14.0"
 # What the frameworks on setup.py's link line export, as far as the sources use it.
 FRAMEWORKS = {"_MTLCreateSystemDefaultDevice": "Metal"}
