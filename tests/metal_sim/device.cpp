@@ -90,6 +90,7 @@ struct Hooks final : at::MPSHooksInterface {
   void deviceSynchronize() const override { ++activity().waits; }
   void commitStream() const override { ++activity().waits; }
   void emptyCache() const override {}
+  c10::Device getDeviceFromPtr(void*) const override { return {c10::DeviceType::MPS, 0}; }
   c10::Allocator* getMPSDeviceAllocator() const override { return &allocator; }
 };
 
