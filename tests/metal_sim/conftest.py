@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)
+_cpu: dict[str, float] = defaultdict(float)
 _tests: dict[str, int] = defaultdict(int)
 
 
@@ -22,6 +24,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: Any) -> Any:
+    before = sum(os.times()[:4])  # of this process and of the compilers it waited for
+    try:
+        return (yield)
+    finally:
+        if item.path.parent == HERE:
+            _cpu[item.path.stem] += sum(os.times()[:4]) - before
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -36,7 +48,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section("Metal stages")
     for name, seconds in sorted(_seconds.items(), key=lambda item: -item[1]):
-        terminalreporter.line(f"{name:24} {_tests[name]:5} tests {seconds:8.1f} s")
+        terminalreporter.line(
+            f"{name:24} {_tests[name]:5} tests {seconds:8.1f} s {_cpu[name]:8.1f} s of CPU"
+        )
     terminalreporter.line(
-        f"{'together':24} {sum(_tests.values()):5} tests {sum(_seconds.values()):8.1f} s"
+        f"{'together':24} {sum(_tests.values()):5} tests {sum(_seconds.values()):8.1f} s "
+        f"{sum(_cpu.values()):8.1f} s of CPU"
     )
