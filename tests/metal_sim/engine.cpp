@@ -245,6 +245,8 @@ struct Contents {
   }
 };
 
+constexpr uintptr_t kAlignment = 256;  // of allocations (device.cpp)
+
 void run_once(const msl::Kernel& kernel, const std::vector<Binding>& bindings, msl::Size3 grid,
               msl::Size3 group, uint64_t seed) {
   Machine& m = machine();
@@ -271,6 +273,7 @@ void run_once(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
   library_range(reinterpret_cast<const void*>(kernel.entry), &m.library_begin, &m.library_end);
 
   void* arguments[kMaxBuffers] = {};
+  uintptr_t place = kAlignment;
   for (const bool writable : {true, false}) {  // memory that can be written is found first
     for (int i = 0; i < kernel.param_count; ++i) {
       const msl::Param& p = kernel.params[i];
@@ -284,6 +287,14 @@ void run_once(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
       r.written = b.written;
       r.what = "buffer " + std::to_string(p.index) + " (" + b.what + ")";
       r.traffic.index = p.index;
+      // Side by side in the order of binding, each as far into a line as it is; memory that is
+      // bound twice is one.
+      const auto same = std::find_if(m.regions.begin(), m.regions.end(),
+                                     [&r](const Region& o) { return o.begin == r.begin; });
+      r.place = same == m.regions.end() ? place + r.begin % kAlignment : same->place;
+      if (same == m.regions.end()) {
+        place += (r.begin % kAlignment + r.size + kAlignment - 1) / kAlignment * kAlignment;
+      }
       if (writable) r.cells.reset(new Cell[b.size + 1]());
       if (m.count) r.seen.assign(b.size, 0);
       m.regions.push_back(std::move(r));

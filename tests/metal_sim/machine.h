@@ -53,6 +53,7 @@ struct Cell {
 
 struct Region {
   uintptr_t begin = 0;
+  uintptr_t place = 0;  // for the modelled cache: an address that is the same in every process
   size_t size = 0;
   bool writable = false;
   bool threadgroup = false;

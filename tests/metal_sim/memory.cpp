@@ -108,9 +108,9 @@ void access(uintptr_t address, unsigned n, bool write, const void* pc) {
             r.traffic.read_once += !r.seen[i];
             r.seen[i] = 1;
           }
-          if (m.cache.miss(address)) r.traffic.fetched += Cache::kLine;
-          if (address / Cache::kLine != (address + n - 1) / Cache::kLine &&
-              m.cache.miss(address + n - 1)) {
+          const uintptr_t first = r.place + offset, last = first + n - 1;
+          if (m.cache.miss(first)) r.traffic.fetched += Cache::kLine;
+          if (first / Cache::kLine != last / Cache::kLine && m.cache.miss(last)) {
             r.traffic.fetched += Cache::kLine;
           }
         }
