@@ -59,7 +59,7 @@ pytest: $(VENV)/test.stamp ## the test suite; ARGS go to pytest
 # One thread: kernels run on the simulator's own, and OpenMP's idle ones would only spin.
 test-mps: $(VENV)/test.stamp ## the op suite on the simulated GPU, every kernel call in 3 orders of threads
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKRS_TEST_DEVICE=mps MKRS_SIM_SEED=11,12,13 \
-	  $(BIN)/python -m pytest tests/ops --durations=10 $(ARGS)
+	  $(BIN)/python -m pytest tests/ops -n $(JOBS) --durations=10 $(ARGS)
 
 # nvcc and a GPU; METAL_CUDA=build stops before the GPU, METAL_CUDA=run starts there.
 METAL_CUDA ?= build run
