@@ -182,7 +182,7 @@ void prepare_span(const Span* rows, const MatmulPlan& plan, const QuantizedWeigh
 
 // ---- tiles of weights -------------------------------------------------------------------------
 
-constexpr int64_t kTileBytes = 24 * 1024;     // codes, a byte each: most of the smallest L1
+constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: most of the smallest L1
 // Codes of a tile's row. The tile's rows are a multiple of every kernel's: 24, with three limbs 16.
 constexpr int64_t kTall = 256, kLong = 1024, kLongest = 1536;
 // Up to so many input rows take long tiles, whose loading costs least; more take tall ones, so that
