@@ -17,7 +17,12 @@ def program(tmp_path_factory):
     if shutil.which(COMPILER) is None:
         pytest.skip(f"{COMPILER} is not installed (Debian: g++-aarch64-linux-gnu)")
     target = tmp_path_factory.mktemp("arm") / "levels"
-    sources = [ROOT / "tests/arm/levels.cpp", ROOT / "csrc/cpu/isa.cpp"]
+    kernels = ROOT / "csrc/cpu"
+    sources = [
+        ROOT / "tests/arm/levels.cpp",
+        kernels / "isa.cpp",
+        *sorted(kernels.glob("arm_*.cpp")),
+    ]
     command = [COMPILER, *FLAGS, "-I", str(ROOT / "csrc"), *map(str, sources), "-o", str(target)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
@@ -25,8 +30,10 @@ def program(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cpu", ["cortex-a53", "neoverse-n1", "max"])
-def test_levels_agree(program, cpu):
+@pytest.mark.parametrize(
+    ("cpu", "best"), [("cortex-a53", "neon"), ("neoverse-n1", "dotprod"), ("max", "i8mm")]
+)
+def test_levels_agree(program, cpu, best):
     """No dot product, dot product, int8 matrix product."""
     emulator = next((name for name in EMULATORS if shutil.which(name)), None)
     if emulator is None:
@@ -35,4 +42,6 @@ def test_levels_agree(program, cpu):
         [emulator, "-cpu", cpu, str(program), "60"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "neon: 60 random weights agree" in ran.stdout
+    levels = [line.split(":")[0] for line in ran.stdout.splitlines()]
+    assert levels[-1] == best, ran.stdout
+    assert all("60 random weights agree" in line for line in ran.stdout.splitlines())
