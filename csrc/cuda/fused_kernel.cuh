@@ -7,11 +7,11 @@
 // swizzled as the products want them. A producer warpgroup keeps a ring of stages filled: one
 // thread starts the bulk copies, all of them prepare the scales of a row each. Two consumer
 // warpgroups of 64 weight rows each take turns on the tensor cores: one dequantizes while the other
-// multiplies.
+// multiplies, and each prepares its next step while its products run.
 #pragma once
 
 #include "fused.cuh"
-#include "sum_partials.cuh"
+#include "hopper.cuh"
 #include "wgmma.cuh"
 
 namespace mkrs::cuda {
@@ -24,7 +24,6 @@ struct FusedParams {
   QuantizedWeight w;
   const void* bias;
   void* out;
-  float* partial;  // [splits, m, N] or null
   int m;
   int shift;
   int steps;        // stages' worth of k in a row
@@ -42,41 +41,55 @@ template <int GROUPS>
 constexpr int kFusedScaleBytes = GROUPS * kFusedRows * 8;
 
 template <int BITS, int M>
-constexpr int kFusedStages = M == 256   ? 4
-                             : M == 128 ? 6
-                             : M == 64  ? 8
-                                        : 5;
+constexpr int kFusedStages = M == 256    ? 4
+                             : M == 128  ? 6
+                             : BITS == 8 ? 6
+                                         : 8;
 
 // Blocks on a multiprocessor: with few products to a step, two blocks hide each other's waits.
 template <int M>
-constexpr int kFusedBlocks = M == 16 ? 2 : 1;
+constexpr int kFusedBlocks = M == 64 ? 2 : 1;
 
-// Codes 2t, 2t + 1, 2t + 8, 2t + 9 of 16, which `words` holds, as (value + bias) * factor; the
-// constants are those of fused_scale.
+constexpr int kFusedSumPitch = kFusedRows + 4;  // of f32 sums in shared memory
+constexpr int kFusedMostSplits = 8;             // blocks of a cluster
+
+// Of the 64 codes of a row, which `words` holds, those of one lane, as (value + bias) * factor: for
+// each run of 16 the codes 2t, 2t + 1, 2t + 8, 2t + 9. The constants are those of fused_scale.
 template <int BITS>
-__device__ __forceinline__ void fused_elements(const uint32_t* words, int t, float (&v)[4]) {
+__device__ __forceinline__ void fused_elements(const uint32_t (&words)[2 * BITS], int t,
+                                               float (&v)[16]) {
   if constexpr (BITS == 8) {
     const uint32_t select = 0x10 + 0x22 * t;  // bytes 2t and 2t + 1 of eight
-    const uint32_t low = __byte_perm(words[0], words[1], select);
-    const uint32_t high = __byte_perm(words[2], words[3], select);
-    v[0] = __uint_as_float(__byte_perm(low, 0x4bu, 0x4550)) - 8388608.0f;
-    v[1] = __uint_as_float(__byte_perm(low, 0x4bu, 0x4551)) - 8388608.0f;
-    v[2] = __uint_as_float(__byte_perm(high, 0x4bu, 0x4550)) - 8388608.0f;
-    v[3] = __uint_as_float(__byte_perm(high, 0x4bu, 0x4551)) - 8388608.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t two = __byte_perm(words[2 * i], words[2 * i + 1], select);
+      v[2 * i] = __uint_as_float(__byte_perm(two, 0x4bu, 0x4550)) - 8388608.0f;
+      v[2 * i + 1] = __uint_as_float(__byte_perm(two, 0x4bu, 0x4551)) - 8388608.0f;
+    }
   } else if constexpr (BITS == 4) {
-    const uint32_t four = __byte_perm(words[0], words[1], 0x40 + 0x11 * t);
-    const uint32_t even = (four << 3) & 0x7878u;
-    const uint32_t odd = (four >> 1) & 0x7878u;
-    v[0] = __uint_as_float(__byte_perm(even, 0x41u, 0x4055));  // 8 + q / 2
-    v[1] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4055));
-    v[2] = __uint_as_float(__byte_perm(even, 0x41u, 0x4155));
-    v[3] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4155));
+    const uint32_t select = 0x40 + 0x11 * t;  // byte t of both words
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t low = __byte_perm(words[4 * i], words[4 * i + 1], select);
+      const uint32_t high = __byte_perm(words[4 * i + 2], words[4 * i + 3], select);
+      const uint32_t eight = __byte_perm(low, high, 0x5410);
+      const uint32_t even = (eight << 3) & 0x78787878u;
+      const uint32_t odd = (eight >> 1) & 0x78787878u;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {  // 8 + q / 2
+        v[8 * i + 2 * j] = __uint_as_float(__byte_perm(even, 0x41u, 0x4055 + (j << 8)));
+        v[8 * i + 2 * j + 1] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4055 + (j << 8)));
+      }
+    }
   } else {
-    const uint32_t four = words[0] >> (4 * t);
-    v[0] = __uint_as_float((four << 21 & 0x600000u) | 0x40000000u);  // 2 + q / 2
-    v[1] = __uint_as_float((four << 19 & 0x600000u) | 0x40000000u);
-    v[2] = __uint_as_float((four << 5 & 0x600000u) | 0x40000000u);
-    v[3] = __uint_as_float((four << 3 & 0x600000u) | 0x40000000u);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t four = words[i] >> (4 * t);
+      v[4 * i] = __uint_as_float((four << 21 & 0x600000u) | 0x40000000u);  // 2 + q / 2
+      v[4 * i + 1] = __uint_as_float((four << 19 & 0x600000u) | 0x40000000u);
+      v[4 * i + 2] = __uint_as_float((four << 5 & 0x600000u) | 0x40000000u);
+      v[4 * i + 3] = __uint_as_float((four << 3 & 0x600000u) | 0x40000000u);
+    }
   }
 }
 
@@ -123,15 +136,17 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
   const uint32_t empty = full + 8 * kStages;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      wgmma::barrier_init(full + 8 * s, 1 + 128);
-      wgmma::barrier_init(empty + 8 * s, 8);  // one arrival a consumer warp
+      barrier_init(full + 8 * s, 1 + 128);
+      barrier_init(empty + 8 * s, 8);  // one arrival a consumer warp
     }
-    wgmma::barrier_init_fence();
+    barrier_init_fence();
   }
   __syncthreads();
+  wait_for_previous();
+  let_next_start();
 
   constexpr int kAhead =
-      GROUPS == 1 ? (M == 16 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
+      GROUPS == 1 ? (M == 64 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
   float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
@@ -140,7 +155,7 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
   const int group = threadIdx.x / 128;  // warpgroup
 
   if (group == 2) {
-    if constexpr (M >= 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
     const int r = threadIdx.x - 256;
     const int64_t n = n0 + r;
     const QuantizedWeight& w = p.w;
@@ -162,23 +177,32 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
         const int s = base + i;
         if (s >= steps) break;
         const int stage = s % kStages;
-        if (s >= kStages) wgmma::barrier_wait(empty + 8 * stage, (s / kStages - 1) & 1);
+        if (s >= kStages) barrier_wait(empty + 8 * stage, (s / kStages - 1) & 1);
         const uint32_t barrier = full + 8 * stage;
         if (r == 0) {
           const uint32_t target = address(shared + stage * kStageBytes);
-          wgmma::barrier_expect(barrier, kStageBytes);
-          wgmma::copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
-          wgmma::copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
+          barrier_expect(barrier, kStageBytes);
+          copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
+          copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
         }
         float2* scales = all_scales + stage * (GROUPS * kFusedRows) + r;
 #pragma unroll
         for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = fused_scale<BITS>(w, raw[i][j]);
-        wgmma::barrier_arrive(barrier);
+        barrier_arrive(barrier);
         fetch(s + kAhead, raw[i]);
       }
     }
+    if (gridDim.z > 1) {
+      // With the consumers: when all sums lie in shared memory, and when all have been read.
+      cluster_barrier();
+      cluster_barrier();
+    }
   } else {
-    if constexpr (M >= 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+    if constexpr (kFusedBlocks<M> == 1) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+    } else {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 96;\n");
+    }
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;
     const int g = lane / 4;
@@ -189,12 +213,11 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
     float acc[M / 2];
 #pragma unroll
     for (int i = 0; i < M / 2; ++i) acc[i] = 0.0f;
-    for (int s = 0; s < steps; ++s) {
+    const auto dequantize = [&](int s, uint32_t (&a)[4][4]) {
       const int stage = s % kStages;
-      wgmma::barrier_wait(full + 8 * stage, (s / kStages) & 1);
+      barrier_wait(full + 8 * stage, (s / kStages) & 1);
       const unsigned char* codes = shared + stage * kStageBytes + kInputBytes;
       const float2* scales = all_scales + stage * (GROUPS * kFusedRows) + row;
-      uint32_t a[4][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint4* from = reinterpret_cast<const uint4*>(codes + (row + 8 * h) * kRowBytes);
@@ -205,49 +228,67 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
           words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z,
                     words[4 * i + 3] = v.w;
         }
+        float v[16];
+        fused_elements<BITS>(words, t, v);
 #pragma unroll
         for (int kk = 0; kk < 4; ++kk) {
-          float v[4];
-          fused_elements<BITS>(words + kk * (BITS / 2), t, v);
           const float2 scale = scales[(GROUPS == 4 ? kk : 0) * kFusedRows + 8 * h];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) v[i] = fmaf(v[i], scale.x, scale.y);
-          a[kk][h] = pack_pair<T>(v[0], v[1]);
-          a[kk][2 + h] = pack_pair<T>(v[2], v[3]);
+          for (int i = 0; i < 4; ++i) v[4 * kk + i] = fmaf(v[4 * kk + i], scale.x, scale.y);
+          a[kk][h] = pack_pair<T>(v[4 * kk], v[4 * kk + 1]);
+          a[kk][2 + h] = pack_pair<T>(v[4 * kk + 2], v[4 * kk + 3]);
         }
       }
-      const uint64_t b = wgmma::descriptor(address(shared + stage * kStageBytes));
+    };
+    const auto multiply = [&](int s, const uint32_t (&a)[4][4]) {
+      const uint64_t b = wgmma::descriptor(address(shared + s % kStages * kStageBytes));
       wgmma::fence();
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk) wgmma::multiply<T, M>(acc, a[kk], b + 2 * kk, 1);
       wgmma::commit();
+    };
+    const auto release = [&](int s) {
       wgmma::wait();
       // Each warp for itself: another one may still be reading codes and scales.
       __syncwarp();
-      if (lane == 0) wgmma::barrier_arrive(empty + 8 * stage);
+      if (lane == 0) barrier_arrive(empty + 8 * (s % kStages));
+    };
+    // The products of one step run while the next one's weights are dequantized.
+    uint32_t even[4][4];
+    uint32_t odd[4][4];
+    dequantize(0, even);
+    for (int s = 0; s < steps; s += 2) {
+      multiply(s, even);
+      if (s + 1 < steps) dequantize(s + 1, odd);
+      release(s);
+      if (s + 1 == steps) break;
+      multiply(s + 1, odd);
+      if (s + 2 < steps) dequantize(s + 2, even);
+      release(s + 1);
     }
 
     // ---- results: lane holds rows `row`, `row` + 8 of columns 8j + 2t, 8j + 2t + 1 ----
-    if (p.partial != nullptr) {
-      float* partial = p.partial + static_cast<int64_t>(blockIdx.z) * p.m * w.rows;
+    // Through shared memory, which is idle once both warpgroups are here, so that rows of the
+    // output are written in 16-byte pieces, or other blocks of the cluster can read them.
+    float bias[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t n = n0 + row + 8 * h;
+      if (p.bias != nullptr && n < w.rows && blockIdx.z == 0) {
+        bias[h] = to_float(static_cast<const T*>(p.bias)[n]);
+      }
+    }
+    asm volatile("bar.sync 1, 256;\n" ::: "memory");
+    if (gridDim.z > 1) {
+      float* tile = reinterpret_cast<float*>(shared);
 #pragma unroll
       for (int i = 0; i < M / 2; ++i) {
-        const int m = m0 + i / 4 * 8 + 2 * t + (i & 1);
-        const int64_t n = n0 + row + (i & 2 ? 8 : 0);
-        if (m < p.m && n < w.rows) partial[m * w.rows + n] = acc[i];
+        const int m = i / 4 * 8 + 2 * t + (i & 1);
+        tile[m * kFusedSumPitch + row + (i & 2 ? 8 : 0)] = acc[i] + bias[i / 2 % 2];
       }
     } else {
-      // Through shared memory, so that rows of the output are written in 16-byte pieces. The stages
-      // are idle once both warpgroups are here.
-      constexpr int kPitch = kFusedRows + 8;
       T* tile = reinterpret_cast<T*>(shared);
-      float bias[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t n = n0 + row + 8 * h;
-        if (p.bias != nullptr && n < w.rows) bias[h] = to_float(static_cast<const T*>(p.bias)[n]);
-      }
-      asm volatile("bar.sync 1, 256;\n" ::: "memory");
+      constexpr int kPitch = kFusedRows + 8;
 #pragma unroll
       for (int i = 0; i < M / 2; ++i) {
         const int m = i / 4 * 8 + 2 * t + (i & 1);
@@ -268,58 +309,43 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
         }
       }
     }
+    if (gridDim.z > 1) {
+      // The blocks of a cluster hold sums over parts of K: each adds up its share of the input
+      // rows.
+      cluster_barrier();
+      const int splits = gridDim.z;
+      const int rows = min(M, p.m - m0);
+      const uint32_t tile = address(shared);
+      T* out = static_cast<T*>(p.out);
+      for (int i = threadIdx.x; i < ((rows + splits - 1) / splits) * kFusedRows; i += 256) {
+        const int m = i / kFusedRows * splits + blockIdx.z;
+        const int n = i % kFusedRows;
+        if (m >= rows || n0 + n >= p.w.rows) continue;
+        float value = 0.0f;
+        for (int s = 0; s < splits; ++s) {
+          value += read_cluster_float(tile + (m * kFusedSumPitch + n) * 4, s);
+        }
+        out[static_cast<int64_t>(m0 + m) * p.w.rows + n0 + n] = from_float<T>(value);
+      }
+      cluster_barrier();  // nobody leaves while others read
+    }
   }
 #endif
 }
 
 // ---- host ---------------------------------------------------------------------------------------
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-inline EncodeTiled encode_tiled(const char* op) {
-  static const EncodeTiled function = [&] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    check_cuda(op, "finding cuTensorMapEncodeTiled",
-               cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                cudaEnableDefault, &found));
-    MKRS_CHECK(found == cudaDriverEntryPointSuccess, op,
-               "the driver must have cuTensorMapEncodeTiled, got query result ",
-               static_cast<int>(found));
-    return reinterpret_cast<EncodeTiled>(entry);
-  }();
-  return function;
-}
-
-inline CUtensorMap tensor_map(const char* op, CUtensorMapDataType type, const void* data,
-                              int64_t inner, int64_t outer, int64_t stride_bytes, int box_inner,
-                              int box_outer, CUtensorMapSwizzle swizzle) {
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(outer)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_inner),
-                             static_cast<cuuint32_t>(box_outer)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encode_tiled(op)(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  MKRS_CHECK(result == CUDA_SUCCESS, op, "cuTensorMapEncodeTiled must succeed, got CUDA error ",
-             static_cast<int>(result));
-  return map;
-}
-
 template <typename T, int BITS, int M, int GROUPS>
 void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info,
-                  const Tensor& like, cudaStream_t stream) {
+                  cudaStream_t stream) {
   const QuantizedWeight& w = call.w;
   const int64_t m_tiles = ceil_div(call.m, M);
   const int64_t n_tiles = ceil_div(w.rows, kFusedRows);
   const int64_t steps = ceil_div(w.in_features, kFusedDepth);
-  // A few idle multiprocessors cost less than adding up partial sums.
-  int64_t splits = std::max<int64_t>(
-      1,
-      std::min<int64_t>(info.multiprocessors * kFusedBlocks<M> / (m_tiles * n_tiles), steps / 8));
+  // Powers of two: other clusters leave more of a device's multiprocessors idle.
+  const int64_t room = int64_t{info.multiprocessors} * kFusedBlocks<M> / (m_tiles * n_tiles);
+  int64_t splits = 1;
+  while (splits < kFusedMostSplits && splits * 2 <= room && steps >= splits * 16) splits *= 2;
   const int64_t split_steps = ceil_div(steps, splits);
   splits = ceil_div(steps, split_steps);
 
@@ -330,33 +356,27 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
   const CUtensorMap code_map = tensor_map(
       op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS), w.rows,
       w.codes_stride, kFusedDepth * BITS / 8, kFusedRows, CU_TENSOR_MAP_SWIZZLE_NONE);
-  std::optional<Tensor> partial;
-  if (splits > 1) partial = empty_on(like, {splits, call.m, w.rows}, ScalarType::Float);
   const FusedParams p{w,
                       call.bias,
                       call.out,
-                      splits > 1 ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
                       static_cast<int>(call.m),
                       std::min(group_shift(w), 31),
                       static_cast<int>(steps),
                       static_cast<int>(split_steps)};
   constexpr int kShared =
       (kFusedStageBytes<BITS, M> + kFusedScaleBytes<GROUPS>)*kFusedStages<BITS, M> + 1024;
+  static_assert(M * kFusedSumPitch * 4 <= kFusedStageBytes<BITS, M> * kFusedStages<BITS, M>);
   const auto kernel = fused_kernel<T, BITS, M, GROUPS>;
   check_cuda(op, "asking for shared memory",
              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   const dim3 grid(static_cast<unsigned>(m_tiles), static_cast<unsigned>(n_tiles),
                   static_cast<unsigned>(splits));
-  kernel<<<grid, kFusedThreads, kShared, stream>>>(x_map, code_map, p);
-  check_launch(op);
-  if (splits > 1) {
-    launch_sum_partials(op, p.partial, splits, call.m, w.rows, call.bias, call.out, call.type,
-                        stream);
-  }
+  launch_overlapped(op, kernel, grid, kFusedThreads, kShared,
+                    dim3(1, 1, static_cast<unsigned>(splits)), stream, x_map, code_map, p);
 }
 
 template <typename T>
-bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info, const Tensor& like,
+bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info,
                cudaStream_t stream) {
   const QuantizedWeight& w = call.w;
   const bool fits = info.major == 9 && aligned(call.x, 16) && call.x_stride % 8 == 0 &&
@@ -370,14 +390,12 @@ bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info, c
     const auto with_rows = [&](auto rows) {
       constexpr int kM = decltype(rows)::value;
       if (w.groups <= 1 || w.group_size >= kFusedDepth) {
-        launch_fused<T, kBits, kM, 1>(op, call, info, like, stream);
+        launch_fused<T, kBits, kM, 1>(op, call, info, stream);
       } else {
-        launch_fused<T, kBits, kM, 4>(op, call, info, like, stream);
+        launch_fused<T, kBits, kM, 4>(op, call, info, stream);
       }
     };
-    if (call.m <= 16) {
-      with_rows(std::integral_constant<int, 16>{});
-    } else if (call.m <= 64) {
+    if (call.m <= 64) {
       with_rows(std::integral_constant<int, 64>{});
     } else if (call.m <= 128) {
       with_rows(std::integral_constant<int, 128>{});

@@ -1,0 +1,659 @@
+// Floor: codes and scales read once over the memory bandwidth. At 4 bits an H100 then has to take
+// in about 20 weights a clock and multiprocessor; every instruction a warp spends on a weight of
+// each lane costs 4% of its issue slots.
+//
+// - The copy engine streams the codes: each warp keeps a ring of boxes (16 rows x 128 bytes,
+//   swizzled against bank conflicts) filled by one instruction a box, without registers, address
+//   arithmetic or barriers between warps.
+// - Codes become exact integers q - c, the 16-row operand of m16n8k16; activations are its 8
+//   columns. Weights are never rounded: scales and shifts are applied to the f32 sums of runs of k
+//   inside one group, scale * sum((q - c) x) + shift * sum(x).
+// - With fewer than 8 input rows the spare columns hold other runs: column n carries input row
+//   n % COLS of run n / COLS of a block of 8 / COLS runs, and zeros elsewhere. One product then
+//   still covers 256 weights, but sums are scaled once in 8 / COLS runs, and each lane needs the
+//   scales of its own runs only.
+// - A block's tiles, cut into units of 512 k, form one sequence of which each warp takes a
+//   contiguous part, so that warps meet once, in the end, to add the sums of tiles they share in a
+//   fixed order. Where the activations do not fit into shared memory, or the rows are few, K is
+//   also split over the blocks of a cluster, which add up through distributed shared memory.
+// - Everything that a warp reads is asked for at least as long ahead as its codes: with the memory
+//   saturated, a load takes as long as all bytes that are already in flight.
+// - The kernel may be launched while the one before it still runs.
+#pragma once
+
+#include "hopper.cuh"
+#include "mma.cuh"
+#include "stream.cuh"
+
+namespace mkrs::cuda {
+
+template <int RUN>
+constexpr int kStreamRuns = kStreamUnit / (16 * RUN);  // of a unit
+
+// (scale, shift) of 16 rows of a unit; the pitch avoids bank conflicts of the reads below.
+template <int RUN, int COLS>
+constexpr int kStreamPairPitch = kStreamRuns<RUN> * 8 + (COLS == 1 ? 0 : 16);
+template <int RUN, int COLS>
+constexpr int kStreamPairBytes = kStreamTile * kStreamPairPitch<RUN, COLS>;
+
+constexpr int kStreamZeroBytes = kStreamUnit * 2 + 128;  // what unused columns read
+
+// Byte offsets into shared memory; host and kernel agree through this one function.
+struct StreamLayout {
+  int barriers, x, zeros, sums, pairs, raw, total;
+};
+
+template <int RUN, int COLS, int WARPS>
+__host__ __device__ __forceinline__ StreamLayout stream_layout(const StreamParams& p) {
+  StreamLayout l;
+  l.barriers = WARPS * p.stages * kStreamBoxBytes;
+  l.x = l.barriers + (WARPS * p.stages * 8 + 127) / 128 * 128;
+  l.zeros = l.x + (p.m * p.x_row * 2 + 127) / 128 * 128;
+  l.sums = l.zeros + kStreamZeroBytes;
+  l.pairs = l.sums + p.split_chunks * kStreamRuns<RUN> * COLS * 4;
+  l.raw = l.pairs + WARPS * kStreamPairBytes<RUN, COLS>;
+  l.total = l.raw + WARPS * 32 * p.raw_depth * p.raw_bytes;
+  return l;
+}
+
+// `bytes` (4, 8 or a multiple of 16) to shared memory, of which the first `valid` come from memory.
+__device__ __forceinline__ void copy_async(uint32_t shared, const char* from, int bytes,
+                                           int valid) {
+  if (bytes == 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else if (bytes == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else {
+    for (int i = 0; i < bytes; i += 16) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared + i),
+                   "l"(from + i), "r"(max(0, min(16, valid - i)))
+                   : "memory");
+    }
+  }
+}
+
+// COLS: input rows, rounded up to 1, 2, 4, 8 or 16.
+template <typename T, int BITS, int RUN, int COLS, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
+    stream_kernel(const __grid_constant__ CUtensorMap map, const StreamParams p) {
+#if defined(MKRS_SM90)
+  constexpr int kBoxes = BITS / 2;         // of a unit
+  constexpr int kRuns = kStreamRuns<RUN>;  // of a unit
+  constexpr int kBoxRuns = kRuns / kBoxes;
+  constexpr int kRunBytes = 2 * RUN * BITS;  // of a row
+  constexpr int kLaneBytes = kRunBytes / 4;
+  constexpr int kLaneWords = (RUN * BITS + 7) / 8;
+  constexpr int kTiles = COLS == 16 ? 2 : 1;         // of 8 columns
+  constexpr int kSpread = COLS >= 8 ? 1 : 8 / COLS;  // runs side by side in the columns
+  constexpr int kChains = kSpread > 1 ? 2 : 1;       // independent sums, against latency
+  constexpr int kPer = kRuns / 2;  // scales that a lane prepares: half a row of a unit
+  constexpr int kPitch = kStreamPairPitch<RUN, COLS>;
+  constexpr int kThreads = WARPS * 32;
+  extern __shared__ __align__(1024) unsigned char shared[];
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const QuantizedWeight& w = p.w;
+  const StreamLayout at = stream_layout<RUN, COLS, WARPS>(p);
+
+  const int first_chunk = blockIdx.y * p.split_chunks;
+  const int count = min(p.split_chunks, p.chunks - first_chunk);
+  const int tile_begin = static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.tiles / gridDim.x);
+  const int tile_end = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * p.tiles / gridDim.x);
+  const int units = (tile_end - tile_begin) * count;
+  // Of the block's units, in the order of tiles and of chunks in a tile.
+  const auto begin_of = [&](int which) {
+    return static_cast<int>(static_cast<int64_t>(units) * which / WARPS);
+  };
+  const int begin = begin_of(warp);
+  const int mine = begin_of(warp + 1) - begin;
+  const Cursor start{tile_begin + begin / count, begin % count};
+
+  // ---- the stream of codes: one lane of each warp asks for them ----
+  const uint32_t ring = shared_address(shared) + warp * p.stages * kStreamBoxBytes;
+  const uint32_t barriers = shared_address(shared) + at.barriers + warp * p.stages * 8;
+  const int boxes = mine * kBoxes;
+  Cursor ask = start;
+  int ask_box = 0;  // of the unit
+  int asked = 0;
+  const auto ask_next = [&](int slot) {
+    const uint32_t barrier = barriers + 8 * slot;
+    barrier_expect(barrier, kStreamBoxBytes);
+    copy_box(ring + slot * kStreamBoxBytes, &map,
+             ((first_chunk + ask.chunk) * kBoxes + ask_box) * 128, ask.tile * kStreamTile, barrier);
+    ++asked;
+    if (++ask_box == kBoxes) {
+      ask_box = 0;
+      ask.advance(0, 1, count);
+    }
+  };
+  if (lane == 0) {
+    prefetch_map(&map);
+    for (int s = 0; s < p.stages; ++s) barrier_init(barriers + 8 * s, 1);
+    barrier_init_fence();
+  }
+  __syncwarp();
+  wait_for_previous();
+  let_next_start();
+
+  // ---- scales: copied units ahead or loaded one ahead, shared with the warp as (scale, shift)
+  // ----
+  const bool affine = w.scheme == Scheme::Affine;
+  const bool asymmetric = w.scheme == Scheme::Asymmetric;
+  const int pair_row = lane / 2;
+  const int pair_run = lane % 2 * kPer;
+  const int raw_lane = at.raw + (warp * p.raw_depth * 32 + lane) * p.raw_bytes;
+  const int element_bytes = w.scale_type == Float::F32 ? 4 : 2;
+  const int zero_element_bytes = asymmetric ? 1 : element_bytes;
+  uint32_t raw_scale[kPer];
+  uint32_t raw_zero[kPer];
+  Cursor fetch_at = start;
+  int fetched = 0;
+  int fetch_slot = 0;
+  const auto fetch = [&] {
+    const int row = fetch_at.tile * kStreamTile + pair_row;
+    const int run = (first_chunk + fetch_at.chunk) * kRuns + pair_run;  // of the whole row
+    const bool inside = row < w.rows && fetched < mine;
+    if (p.raw_depth > 0) {
+      if (fetched < mine) {
+        const int group = run >> p.run_shift;
+        const int left = inside ? max(0, static_cast<int>(w.groups) - group) : 0;
+        const uint32_t to = shared_address(shared) + raw_lane + fetch_slot * (32 * p.raw_bytes);
+        const int64_t at_scale = left > 0 ? row * w.scale_stride + group : 0;
+        copy_async(to, static_cast<const char*>(w.scale) + at_scale * element_bytes, p.scale_bytes,
+                   min(p.scale_bytes, left * element_bytes));
+        if (p.zero_bytes > 0) {
+          const int64_t at_zero = left > 0 ? row * w.zero_stride + group : 0;
+          copy_async(to + p.scale_bytes,
+                     static_cast<const char*>(w.zero) + at_zero * zero_element_bytes, p.zero_bytes,
+                     min(p.zero_bytes, left * zero_element_bytes));
+        }
+      }
+      copy_async_commit();
+      fetch_slot = fetch_slot + 1 == p.raw_depth ? 0 : fetch_slot + 1;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        // Zeros where there is no group, so that staged zeros meet finite numbers.
+        RawGroup raw{0, 0};
+        const int k = (run + i) * (16 * RUN);
+        if (inside && k < w.in_features) raw = load_group(w, row, k >> p.shift);
+        raw_scale[i] = raw.scale;
+        raw_zero[i] = raw.zero;
+      }
+    }
+    fetch_at.advance(0, 1, count);
+    ++fetched;
+  };
+  unsigned char* pairs = shared + at.pairs + warp * kStreamPairBytes<RUN, COLS>;
+  int share_slot = 0;
+  const auto share = [&] {
+    if (p.raw_depth > 0) {
+      // Each lane waits for what it copied itself.
+      if (p.raw_depth == 8) {
+        copy_async_wait<7>();
+      } else if (p.raw_depth == 4) {
+        copy_async_wait<3>();
+      } else {
+        copy_async_wait<1>();
+      }
+      const unsigned char* from = shared + raw_lane + share_slot * (32 * p.raw_bytes);
+      const unsigned char* zeros = from + p.scale_bytes;
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) raw_scale[i] = raw_zero[i] = 0;
+      if (kPer == 4 && p.run_shift == 0 && element_bytes == 2 && !asymmetric) {
+        const uint2 s = *reinterpret_cast<const uint2*>(from);
+        raw_scale[0] = s.x & 0xffffu, raw_scale[1] = s.x >> 16;
+        raw_scale[2] = s.y & 0xffffu, raw_scale[3] = s.y >> 16;
+        if (affine) {
+          const uint2 z = *reinterpret_cast<const uint2*>(zeros);
+          raw_zero[0] = z.x & 0xffffu, raw_zero[1] = z.x >> 16;
+          raw_zero[2] = z.y & 0xffffu, raw_zero[3] = z.y >> 16;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+          const int j = i >> p.run_shift;
+          raw_scale[i] = element_bytes == 4 ? reinterpret_cast<const uint32_t*>(from)[j]
+                                            : reinterpret_cast<const unsigned short*>(from)[j];
+          if (asymmetric) {
+            raw_zero[i] = zeros[j];
+          } else if (affine) {
+            raw_zero[i] = element_bytes == 4 ? reinterpret_cast<const uint32_t*>(zeros)[j]
+                                             : reinterpret_cast<const unsigned short*>(zeros)[j];
+          }
+        }
+      }
+      share_slot = share_slot + 1 == p.raw_depth ? 0 : share_slot + 1;
+    }
+    constexpr float kCenter = 1 << (BITS - 1);
+    float2 pair[kPer];
+    const auto convert = [&](Float type) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        pair[i].x = raw_to_float(raw_scale[i], type);
+        if (affine) {
+          pair[i].y = fmaf(pair[i].x, kCenter, raw_to_float(raw_zero[i], type));
+        } else if (asymmetric) {
+          // Small integers as floats: 2**23 + zero is exact.
+          const float point = __uint_as_float(0x4b000000u | raw_zero[i]) - 8388608.0f;
+          pair[i].y = pair[i].x * (kCenter - point);
+        } else {
+          pair[i].y = 0.0f;
+        }
+      }
+    };
+    if (w.scale_type == Float::F16) {
+      convert(Float::F16);
+    } else if (w.scale_type == Float::BF16) {
+      convert(Float::BF16);
+    } else {
+      convert(Float::F32);
+    }
+    float4* to = reinterpret_cast<float4*>(pairs + pair_row * kPitch + pair_run * 8);
+#pragma unroll
+    for (int i = 0; i < kPer / 2; ++i) {
+      to[i] = make_float4(pair[2 * i].x, pair[2 * i].y, pair[2 * i + 1].x, pair[2 * i + 1].y);
+    }
+  };
+  for (int i = 0; i < max(1, p.raw_depth); ++i) fetch();
+
+  // ---- activations, while the first codes travel ----
+  const int first_k = first_chunk * kStreamUnit;
+  float* run_sums = reinterpret_cast<float*>(shared + at.sums);
+  {
+    constexpr int kBatch = COLS <= 2 ? COLS : 4;    // loads in flight
+    const int blocks = count * (kStreamUnit / 16);  // of 16 activations, per row
+    const int all = blocks * p.m;
+    const int end = static_cast<int>(w.in_features);
+    for (int base = 0; base < all; base += kBatch * kThreads) {
+      uint32_t words[kBatch][8];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = base + b * kThreads + threadIdx.x;
+        const int row = i / blocks;
+        const int k = first_k + (i - row * blocks) * 16;
+        const unsigned short* x = static_cast<const unsigned short*>(p.x) + row * p.x_stride;
+        if (i < all && p.x_aligned && k + 16 <= end) {
+          const uint4 low = *reinterpret_cast<const uint4*>(x + k);
+          const uint4 high = *reinterpret_cast<const uint4*>(x + k + 8);
+          words[b][0] = low.x, words[b][1] = low.y, words[b][2] = low.z, words[b][3] = low.w;
+          words[b][4] = high.x, words[b][5] = high.y, words[b][6] = high.z, words[b][7] = high.w;
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const uint32_t even = i < all && k + 2 * j < end ? x[k + 2 * j] : 0;
+            const uint32_t odd = i < all && k + 2 * j + 1 < end ? x[k + 2 * j + 1] : 0;
+            words[b][j] = even | odd << 16;
+          }
+        }
+      }
+      if (base == 0 && lane == 0) {  // not earlier: these keep later loads waiting
+        for (int i = 0; i < p.stages && i < boxes; ++i) ask_next(i);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = base + b * kThreads + threadIdx.x;
+        const int row = i / blocks;
+        const int block = i - row * blocks;
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum += sum_of_pair<T>(words[b][j]);
+#pragma unroll
+        for (int offset = RUN / 2; offset > 0; offset /= 2) {  // RUN neighbours hold one run
+          sum += __shfl_xor_sync(~0u, sum, offset);
+        }
+        interleave<kInterleave<T, BITS, RUN>>(words[b]);
+        if (i < all) {
+          uint4* to = reinterpret_cast<uint4*>(shared + at.x + (row * p.x_row + block * 16) * 2);
+          to[0] = make_uint4(words[b][0], words[b][1], words[b][2], words[b][3]);
+          to[1] = make_uint4(words[b][4], words[b][5], words[b][6], words[b][7]);
+          if (block % RUN == 0) run_sums[block / RUN * COLS + row] = sum;
+        }
+      }
+    }
+    for (int i = threadIdx.x; i < kStreamZeroBytes / 4; i += kThreads) {
+      reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
+    }
+    if (p.m < COLS) {
+      for (int i = threadIdx.x; i < count * kRuns * COLS; i += kThreads) {
+        if (i % COLS >= p.m) run_sums[i] = 0.0f;
+      }
+    }
+  }
+  __syncthreads();
+
+  const bool shifted = w.scheme != Scheme::Symmetric;
+  const T kind{};
+  // Which weight row a lane's operand row is: lanes that read together take rows whose swizzle
+  // differs where it matters.
+  const int row = kRunBytes == 32   ? (g << 1 | g >> 2) & 7
+                  : kRunBytes == 64 ? (g << 2 | g >> 1) & 7
+                                    : g;
+  const int lane_offset =
+      row * 128 + ((row * 16) ^ (t * kLaneBytes / 16 * 16)) + t * kLaneBytes % 16;
+  const int ring_offset = warp * p.stages * kStreamBoxBytes + lane_offset;
+  const int my_row = g % COLS;  // input row of this lane's column
+  const int my_run = my_row < p.m ? g / (COLS > 8 ? 8 : COLS) : -1;
+  const int x_lane = at.x + (my_row * p.x_row + t * (RUN * 4)) * 2;
+  const int x_lane_high = at.x + ((8 + g) * p.x_row + t * (RUN * 4)) * 2;
+  const int zero_lane = at.zeros + t * (RUN * 8);
+  const unsigned char* lane_pairs = pairs + row * kPitch + (COLS < 8 ? 2 * t / COLS : 0) * 8;
+  const float* lane_sums = run_sums + 2 * t;
+
+  // A result of input row m and weight row n, its sum complete.
+  const auto finish = [&](float value, int m, int64_t n) {
+    if (n >= w.rows) return;
+    if (p.bias != nullptr) value += to_float(static_cast<const T*>(p.bias)[n]);
+    static_cast<T*>(p.out)[m * w.rows + n] = from_float<T>(value);
+  };
+  // Calls f(value, m, row of the tile) for each of the lane's sums.
+  const auto each = [&](const auto& from, const auto& f) {
+#pragma unroll
+    for (int tc = 0; tc < kTiles; ++tc) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = tc * 8 + 2 * t + (i & 1);
+        if (column < p.m && column < COLS) f(from[tc][i], column, row + (i / 2) * 8);
+      }
+    }
+  };
+
+  Cursor now = start;
+  int slot = 0;  // of the ring
+  int parity = 0;
+  float acc[kTiles][4] = {};
+  float first[kTiles][4] = {};  // sums of the first tile, which an earlier warp may share
+  for (int done = 0; done < mine; ++done) {
+    share();
+    __syncwarp();
+    fetch();
+    const int x_unit = x_lane + now.chunk * (kStreamUnit * 2);
+    const int x_high = 8 + g < p.m ? x_lane_high + now.chunk * (kStreamUnit * 2) : zero_lane;
+    const float* unit_sums = lane_sums + now.chunk * (kRuns * COLS);
+    float sum[kChains][kTiles][4];
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      if (r % kBoxRuns == 0) barrier_wait(barriers + 8 * slot, parity);
+      if (r % kSpread == 0) {
+#pragma unroll
+        for (int i = 0; i < kChains * kTiles * 4; ++i) (&sum[0][0][0])[i] = 0.0f;
+      }
+      constexpr int kMask = kRunBytes >= 16 ? ~0 : ~15;
+      const int run_byte = r % kBoxRuns * kRunBytes;
+      const unsigned char* codes = shared +
+                                   ((ring_offset + slot * kStreamBoxBytes) ^ (run_byte / 16 * 16)) +
+                                   (run_byte & ~kMask);
+      uint32_t a[2][RUN][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t v[kLaneWords];
+        const unsigned char* from = codes + half * 8 * 128;
+        if constexpr (kLaneBytes == 16) {
+          const uint4 q = *reinterpret_cast<const uint4*>(from);
+          v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+        } else if constexpr (kLaneBytes == 8) {
+          const uint2 q = *reinterpret_cast<const uint2*>(from);
+          v[0] = q.x, v[1] = q.y;
+        } else if constexpr (kLaneBytes == 4) {
+          v[0] = *reinterpret_cast<const uint32_t*>(from);
+        } else if constexpr (kLaneBytes == 2) {
+          v[0] = *reinterpret_cast<const unsigned short*>(from);
+        } else {
+          v[0] = *from;
+        }
+        unpack_codes<T, BITS, RUN>(v, a[half]);
+      }
+#pragma unroll
+      for (int tc = 0; tc < kTiles; ++tc) {
+        uint32_t b[RUN * 2];
+        const int x = tc == 1 ? x_high : my_run == r % kSpread ? x_unit : zero_lane;
+        const unsigned char* from = shared + x + r * (RUN * 32);
+        if constexpr (RUN == 1) {
+          const uint2 v = *reinterpret_cast<const uint2*>(from);
+          b[0] = v.x, b[1] = v.y;
+        } else {
+#pragma unroll
+          for (int i = 0; i < RUN / 2; ++i) {
+            const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+            b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < RUN; ++j) {
+          mma(sum[j % kChains][tc], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
+              b[2 * j + 1], kind);
+        }
+      }
+      if (r % kBoxRuns == kBoxRuns - 1) {
+        __syncwarp();  // nobody reads the box any more
+        if (lane == 0 && asked < boxes) ask_next(slot);
+        if (++slot == p.stages) {
+          slot = 0;
+          parity ^= 1;
+        }
+      }
+      if (r % kSpread == kSpread - 1) {
+        float4 low, high;  // (scale, shift) of columns 2t and 2t + 1
+        const unsigned char* from = lane_pairs + (r - (kSpread - 1)) * 8;
+        if constexpr (COLS == 1) {
+          low = *reinterpret_cast<const float4*>(from);
+          high = *reinterpret_cast<const float4*>(from + 8 * kPitch);
+        } else {
+          const float2 l = *reinterpret_cast<const float2*>(from);
+          const float2 h = *reinterpret_cast<const float2*>(from + 8 * kPitch);
+          low = make_float4(l.x, l.y, l.x, l.y);
+          high = make_float4(h.x, h.y, h.x, h.y);
+        }
+#pragma unroll
+        for (int tc = 0; tc < kTiles; ++tc) {
+          if constexpr (kChains == 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[0][tc][i] += sum[1][tc][i];
+          }
+          acc[tc][0] = fmaf(low.x, sum[0][tc][0], acc[tc][0]);
+          acc[tc][1] = fmaf(low.z, sum[0][tc][1], acc[tc][1]);
+          acc[tc][2] = fmaf(high.x, sum[0][tc][2], acc[tc][2]);
+          acc[tc][3] = fmaf(high.z, sum[0][tc][3], acc[tc][3]);
+          if (shifted) {
+            const float2 ones =
+                *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS + tc * 8);
+            acc[tc][0] = fmaf(low.y, ones.x, acc[tc][0]);
+            acc[tc][1] = fmaf(low.w, ones.y, acc[tc][1]);
+            acc[tc][2] = fmaf(high.y, ones.x, acc[tc][2]);
+            acc[tc][3] = fmaf(high.w, ones.y, acc[tc][3]);
+          }
+        }
+      }
+    }
+    __syncwarp();  // before the next pairs overwrite these
+    const int tile = now.tile;
+    now.advance(0, 1, count);
+    if (now.tile != tile || done + 1 == mine) {
+      if constexpr (COLS == 1) {
+        acc[0][0] += acc[0][1];
+        acc[0][2] += acc[0][3];
+      }
+#pragma unroll
+      for (int offset = 1; offset < 4; offset *= 2) {
+        if (COLS <= 2 * offset && COLS < 8) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[0][i] += __shfl_xor_sync(~0u, acc[0][i], offset);
+        }
+      }
+      const bool is_first = tile == start.tile;
+      if (!is_first && done + 1 < mine) {  // all of its units were this warp's
+        each(acc, [&](float value, int m, int r) {
+          finish(value, m, static_cast<int64_t>(tile) * kStreamTile + r);
+        });
+      }
+      if (is_first || done + 1 < mine) {
+#pragma unroll
+        for (int i = 0; i < kTiles * 4; ++i) {
+          if (is_first) (&first[0][0])[i] = (&acc[0][0])[i];
+          (&acc[0][0])[i] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // ---- tiles that warps share: sums through the rings, which are idle now ----
+  const int results = p.m * kStreamTile;  // of a tile
+  const auto slot_of = [&](int which, int s) {
+    return reinterpret_cast<float*>(shared + which * p.stages * kStreamBoxBytes) + s * results;
+  };
+  each(first, [&](float value, int m, int r) { slot_of(warp, 0)[m * kStreamTile + r] = value; });
+  each(acc, [&](float value, int m, int r) { slot_of(warp, 1)[m * kStreamTile + r] = value; });
+  __syncthreads();
+  const int tiles = tile_end - tile_begin;
+  const bool clustered = gridDim.y > 1;
+  float* totals = reinterpret_cast<float*>(shared + at.x);  // nobody needs the activations now
+  const auto warp_of = [&](int unit) {
+    return static_cast<int>((static_cast<int64_t>(unit + 1) * WARPS - 1) / units);
+  };
+  for (int i = threadIdx.x; i < tiles * results; i += kThreads) {
+    const int tile = i / results;
+    const int j = i - tile * results;
+    const int low = warp_of(tile * count);
+    const int high = warp_of(tile * count + count - 1);
+    if (low == high && tile != begin_of(low) / count && tile != (begin_of(low + 1) - 1) / count) {
+      continue;  // finished above
+    }
+    float value = 0.0f;
+    for (int s = low; s <= high; ++s) value += slot_of(s, tile == begin_of(s) / count ? 0 : 1)[j];
+    if (clustered) {
+      totals[i] = value;
+    } else {
+      finish(value, j / kStreamTile,
+             static_cast<int64_t>(tile_begin + tile) * kStreamTile + j % kStreamTile);
+    }
+  }
+  if (clustered) {
+    // Every block of the cluster adds up its share of the results, in the order of k. Blocks of a
+    // cluster have at most as many tiles as warps, so nothing was finished above.
+    cluster_barrier();
+    const int splits = gridDim.y;
+    for (int i = threadIdx.x * splits + blockIdx.y; i < tiles * results; i += kThreads * splits) {
+      const int tile = i / results;
+      const int j = i - tile * results;
+      float value = 0.0f;
+      for (int s = 0; s < splits; ++s) {
+        value += read_cluster_float(shared_address(totals + i), s);
+      }
+      finish(value, j / kStreamTile,
+             static_cast<int64_t>(tile_begin + tile) * kStreamTile + j % kStreamTile);
+    }
+    cluster_barrier();  // nobody leaves while others read
+  }
+#endif
+}
+
+// Clusters of `splits` blocks that a device runs at once, at one block a multiprocessor.
+template <typename Kernel>
+int most_clusters(const char* op, Kernel kernel, int splits, int threads, int shared_bytes,
+                  int multiprocessors) {
+  if (splits <= 2) return multiprocessors / splits;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(multiprocessors / splits, splits);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = 1;
+  attribute.val.clusterDim.y = splits;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  check_cuda(op, "cudaOccupancyMaxActiveClusters",
+             cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  return std::max(1, std::min(clusters, multiprocessors / splits));
+}
+
+template <typename T, int BITS, int RUN, int COLS, int WARPS>
+void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t stream) {
+  const StreamParams& p = plan.params;
+  const QuantizedWeight& w = p.w;
+  const CUtensorMap map =
+      tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS),
+                 w.rows, w.codes_stride, 128, kStreamTile, CU_TENSOR_MAP_SWIZZLE_128B);
+  const auto kernel = stream_kernel<T, BITS, RUN, COLS, WARPS>;
+  const int shared_bytes = stream_layout<RUN, COLS, WARPS>(p).total;
+  check_cuda(
+      op, "asking for shared memory",
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  int blocks = std::min(p.tiles, most_clusters(op, kernel, plan.splits, WARPS * 32, shared_bytes,
+                                               plan.multiprocessors));
+  // See the kernel's end: in a cluster no warp may have a tile between its first and its last.
+  if (plan.splits > 1) blocks = std::max(blocks, (p.tiles + WARPS - 1) / WARPS);
+  launch_overlapped(op, kernel, dim3(blocks, plan.splits), WARPS * 32, shared_bytes,
+                    dim3(1, plan.splits), stream, map, p);
+}
+
+// What a number of input rows runs as. Small groups take fewer variants.
+constexpr int stream_columns(int m, int run) {
+  return m > 8 ? 16 : run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
+}
+constexpr int stream_warps(int columns) {
+  return columns >= 8 ? 16 : 8;
+}
+
+template <int RUN, int COLS>
+struct StreamVariant {
+  static constexpr int kRun = RUN;
+  static constexpr int kColumns = COLS;
+  static constexpr int kWarps = stream_warps(COLS);
+};
+
+// Calls f with the StreamVariant of a call.
+template <typename F>
+void dispatch_stream(int run, int m, const F& f) {
+  const int columns = stream_columns(m, run);
+  if (run == 4) {
+    if (columns == 1) {
+      f(StreamVariant<4, 1>{});
+    } else if (columns == 4) {
+      f(StreamVariant<4, 4>{});
+    } else if (columns == 8) {
+      f(StreamVariant<4, 8>{});
+    } else {
+      f(StreamVariant<4, 16>{});
+    }
+  } else if (run == 2) {
+    if (columns == 8) {
+      f(StreamVariant<2, 8>{});
+    } else {
+      f(StreamVariant<2, 16>{});
+    }
+  } else if (columns == 8) {
+    f(StreamVariant<1, 8>{});
+  } else {
+    f(StreamVariant<1, 16>{});
+  }
+}
+
+template <typename T, int BITS>
+void launch_stream_bits(const char* op, const StreamPlan& plan, cudaStream_t stream) {
+  const StreamParams& p = plan.params;
+  dispatch_stream(run_of(p.w.group_size, p.w.groups), p.m, [&](auto variant) {
+    using V = decltype(variant);
+    launch_stream_kernel<T, BITS, V::kRun, V::kColumns, V::kWarps>(op, plan, stream);
+  });
+}
+
+template <typename T>
+void launch_stream(const char* op, const StreamPlan& plan, cudaStream_t stream) {
+  const int bits = plan.params.w.bits;
+  const auto launch = bits == 8   ? launch_stream_bits<T, 8>
+                      : bits == 4 ? launch_stream_bits<T, 4>
+                                  : launch_stream_bits<T, 2>;
+  launch(op, plan, stream);
+}
+
+}  // namespace mkrs::cuda
