@@ -3,21 +3,16 @@
 namespace mkrs::cuda {
 namespace {
 
-// Half of a multiprocessor's shared memory, so that the next kernel's blocks can start beside this
-// one's, and the bytes in flight that keep the memory busy.
-constexpr int kSharedForTwo = 113 * 1024;
-constexpr int kRingBytes = 64 * 1024;
-constexpr int kLeastRingBytes = 32 * 1024;
+constexpr int kMostStages = 4;
+// Bytes in flight that keep the memory busy; more only keep everybody's loads waiting.
+constexpr int kRingBytes = 96 * 1024;
 
-template <int RUN, int COLS, int WARPS>
-bool fit_stream(int limit, bool ahead, StreamParams* p) {
-  constexpr int kStage = WARPS * kStreamBoxBytes;
-  for (p->stages = kRingBytes / kStage; p->stages * kStage >= kLeastRingBytes; --p->stages) {
-    p->raw_depth = ahead ? (p->w.bits == 2 ? 8 : 4) : 0;
-    for (; p->raw_depth != 1; p->raw_depth /= 2) {
-      if (stream_layout<RUN, COLS, WARPS>(*p).total <= limit) return true;
-      if (p->raw_depth == 0) break;
-    }
+// The most stages that fit.
+template <int BITS, int RUN, int COLS, int WARPS>
+bool fit_stream(int limit, StreamParams* p) {
+  for (p->stages = kMostStages; p->stages >= 2; --p->stages) {
+    if (p->stages > 2 && WARPS * p->stages * kStreamUnitBytes<BITS> > kRingBytes) continue;
+    if (stream_layout<BITS, RUN, COLS, WARPS>(*p).total <= limit) return true;
   }
   return false;
 }
@@ -67,15 +62,18 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
                               &p.zero_bytes);
   }
 
+  if (!ahead) p.scale_bytes = p.zero_bytes = 0;
   const int padding = std::max(1, std::min(p.scale_bytes, 16));
   p.raw_bytes = static_cast<int>(ceil_div(p.scale_bytes + p.zero_bytes, padding)) * padding;
 
-  // The most stages and scales ahead that leave room for a second block, else that fit at all.
-  const auto fits = [&](int limit) {
+  const auto fits = [&] {
     bool found = false;
-    dispatch_stream(run, p.m, [&](auto variant) {
-      using V = decltype(variant);
-      found = fit_stream<V::kRun, V::kColumns, V::kWarps>(limit, ahead, &p);
+    dispatch_bits(w.bits, [&](auto bits) {
+      constexpr int kBits = decltype(bits)::value;
+      dispatch_stream<kBits>(run, p.m, [&](auto variant) {
+        using V = decltype(variant);
+        found = fit_stream<kBits, V::kRun, V::kColumns, V::kWarps>(info.shared_per_block, &p);
+      });
     });
     return found;
   };
@@ -86,14 +84,17 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
          chunks >= int64_t{16} * splits) {
     splits *= 2;
   }
-  for (; splits <= kStreamMostSplits && splits <= chunks; splits *= 2) {
+  for (; splits <= kStreamMostSplits && splits <= chunks; ++splits) {
     const int64_t split_chunks = ceil_div(chunks, int64_t{splits});
     if (ceil_div(chunks, split_chunks) != splits) continue;
     p.split_chunks = static_cast<int>(split_chunks);
     p.x_row = static_cast<int>(split_chunks) * kStreamUnit + 8;  // 16 bytes against bank conflicts
     if (int64_t{2} * p.m * p.x_row > info.shared_per_block) continue;
     plan->splits = splits;
-    if (fits(kSharedForTwo) || fits(info.shared_per_block)) return true;
+    const int64_t clusters = std::max(1, info.multiprocessors * 7 / 8 / splits);
+    p.total_tiles =
+        splits == 1 ? 0 : static_cast<int>(std::min<int64_t>(32, ceil_div(tiles, clusters)));
+    if (fits()) return true;
   }
   return false;
 }

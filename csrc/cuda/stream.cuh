@@ -22,12 +22,12 @@ struct StreamParams {
   int chunks;        // units of a weight row
   int split_chunks;  // units of a row that one block handles
   int tiles;         // of kStreamTile weight rows
-  int stages;        // boxes of each warp's ring
+  int stages;        // units of each warp's ring: 2, 3 or 4
+  int total_tiles;   // most tiles of a block, where K is split over a cluster
   int x_row;         // elements from one staged input row to the next
   bool x_aligned;
-  // Scales copied ahead: units in flight (8, 4 or 2; 0: loaded one unit ahead instead, for layouts
-  // that asynchronous copies cannot take), bytes of a lane, and log2 of runs in a group.
-  int raw_depth;
+  // Scales copied with the codes: bytes of a lane (all zero: loaded a unit ahead instead, for
+  // layouts that asynchronous copies cannot take), and log2 of runs in a group.
   int scale_bytes;
   int zero_bytes;
   int raw_bytes;  // both, padded

@@ -2,9 +2,9 @@
 // in about 20 weights a clock and multiprocessor; every instruction a warp spends on a weight of
 // each lane costs 4% of its issue slots.
 //
-// - The copy engine streams the codes: each warp keeps a ring of boxes (16 rows x 128 bytes,
-//   swizzled against bank conflicts) filled by one instruction a box, without registers, address
-//   arithmetic or barriers between warps.
+// - Codes and scales stream through private rings of asynchronous copies, a unit of 16 rows x 512 k
+//   at a time, so that no barrier stands between memory and the tensor cores. (The bulk copy engine
+//   was slower: boxes that a warp can own are too small for it, some 200 cycles each.)
 // - Codes become exact integers q - c, the 16-row operand of m16n8k16; activations are its 8
 //   columns. Weights are never rounded: scales and shifts are applied to the f32 sums of runs of k
 //   inside one group, scale * sum((q - c) x) + shift * sum(x).
@@ -16,8 +16,6 @@
 //   contiguous part, so that warps meet once, in the end, to add the sums of tiles they share in a
 //   fixed order. Where the activations do not fit into shared memory, or the rows are few, K is
 //   also split over the blocks of a cluster, which add up through distributed shared memory.
-// - Everything that a warp reads is asked for at least as long ahead as its codes: with the memory
-//   saturated, a load takes as long as all bytes that are already in flight.
 // - The kernel may be launched while the one before it still runs.
 #pragma once
 
@@ -36,23 +34,27 @@ constexpr int kStreamPairPitch = kStreamRuns<RUN> * 8 + (COLS == 1 ? 0 : 16);
 template <int RUN, int COLS>
 constexpr int kStreamPairBytes = kStreamTile * kStreamPairPitch<RUN, COLS>;
 
+constexpr int kStreamLeastShared = 116 * 1024;
 constexpr int kStreamZeroBytes = kStreamUnit * 2 + 128;  // what unused columns read
+
+template <int BITS>
+constexpr int kStreamUnitBytes = BITS / 2 * kStreamBoxBytes;  // of codes
 
 // Byte offsets into shared memory; host and kernel agree through this one function.
 struct StreamLayout {
-  int barriers, x, zeros, sums, pairs, raw, total;
+  int raw, x, zeros, sums, pairs, totals, total;
 };
 
-template <int RUN, int COLS, int WARPS>
+template <int BITS, int RUN, int COLS, int WARPS>
 __host__ __device__ __forceinline__ StreamLayout stream_layout(const StreamParams& p) {
   StreamLayout l;
-  l.barriers = WARPS * p.stages * kStreamBoxBytes;
-  l.x = l.barriers + (WARPS * p.stages * 8 + 127) / 128 * 128;
+  l.raw = WARPS * p.stages * kStreamUnitBytes<BITS>;
+  l.x = l.raw + WARPS * p.stages * 32 * p.raw_bytes;
   l.zeros = l.x + (p.m * p.x_row * 2 + 127) / 128 * 128;
   l.sums = l.zeros + kStreamZeroBytes;
   l.pairs = l.sums + p.split_chunks * kStreamRuns<RUN> * COLS * 4;
-  l.raw = l.pairs + WARPS * kStreamPairBytes<RUN, COLS>;
-  l.total = l.raw + WARPS * 32 * p.raw_depth * p.raw_bytes;
+  l.totals = l.pairs + WARPS * kStreamPairBytes<RUN, COLS>;
+  l.total = l.totals + p.total_tiles * p.m * kStreamTile * 4;
   return l;
 }
 
@@ -78,11 +80,11 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const char* from, in
 
 // COLS: input rows, rounded up to 1, 2, 4, 8 or 16.
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
-    stream_kernel(const __grid_constant__ CUtensorMap map, const StreamParams p) {
+__global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParams p) {
 #if defined(MKRS_SM90)
   constexpr int kBoxes = BITS / 2;         // of a unit
   constexpr int kRuns = kStreamRuns<RUN>;  // of a unit
+  constexpr int kUnitBytes = kStreamUnitBytes<BITS>;
   constexpr int kBoxRuns = kRuns / kBoxes;
   constexpr int kRunBytes = 2 * RUN * BITS;  // of a row
   constexpr int kLaneBytes = kRunBytes / 4;
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
   const int g = lane / 4;
   const int t = lane % 4;
   const QuantizedWeight& w = p.w;
-  const StreamLayout at = stream_layout<RUN, COLS, WARPS>(p);
+  const StreamLayout at = stream_layout<BITS, RUN, COLS, WARPS>(p);
 
   const int first_chunk = blockIdx.y * p.split_chunks;
   const int count = min(p.split_chunks, p.chunks - first_chunk);
@@ -115,56 +117,65 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
   const int mine = begin_of(warp + 1) - begin;
   const Cursor start{tile_begin + begin / count, begin % count};
 
-  // ---- the stream of codes: one lane of each warp asks for them ----
-  const uint32_t ring = shared_address(shared) + warp * p.stages * kStreamBoxBytes;
-  const uint32_t barriers = shared_address(shared) + at.barriers + warp * p.stages * 8;
-  const int boxes = mine * kBoxes;
-  Cursor ask = start;
-  int ask_box = 0;  // of the unit
-  int asked = 0;
-  const auto ask_next = [&](int slot) {
-    const uint32_t barrier = barriers + 8 * slot;
-    barrier_expect(barrier, kStreamBoxBytes);
-    copy_box(ring + slot * kStreamBoxBytes, &map,
-             ((first_chunk + ask.chunk) * kBoxes + ask_box) * 128, ask.tile * kStreamTile, barrier);
-    ++asked;
-    if (++ask_box == kBoxes) {
-      ask_box = 0;
-      ask.advance(0, 1, count);
-    }
-  };
-  if (lane == 0) {
-    prefetch_map(&map);
-    for (int s = 0; s < p.stages; ++s) barrier_init(barriers + 8 * s, 1);
-    barrier_init_fence();
-  }
-  __syncwarp();
   wait_for_previous();
   let_next_start();
 
-  // ---- scales: copied units ahead or loaded one ahead, shared with the warp as (scale, shift)
-  // ----
+  // ---- the stream of codes and scales ----
   const bool affine = w.scheme == Scheme::Affine;
   const bool asymmetric = w.scheme == Scheme::Asymmetric;
-  const int pair_row = lane / 2;
+  const int pair_row = lane / 2;  // scales of half a row of a unit are a lane's to prepare
   const int pair_run = lane % 2 * kPer;
-  const int raw_lane = at.raw + (warp * p.raw_depth * 32 + lane) * p.raw_bytes;
   const int element_bytes = w.scale_type == Float::F32 ? 4 : 2;
   const int zero_element_bytes = asymmetric ? 1 : element_bytes;
-  uint32_t raw_scale[kPer];
-  uint32_t raw_zero[kPer];
-  Cursor fetch_at = start;
-  int fetched = 0;
-  int fetch_slot = 0;
-  const auto fetch = [&] {
-    const int row = fetch_at.tile * kStreamTile + pair_row;
-    const int run = (first_chunk + fetch_at.chunk) * kRuns + pair_run;  // of the whole row
-    const bool inside = row < w.rows && fetched < mine;
-    if (p.raw_depth > 0) {
-      if (fetched < mine) {
-        const int group = run >> p.run_shift;
-        const int left = inside ? max(0, static_cast<int>(w.groups) - group) : 0;
-        const uint32_t to = shared_address(shared) + raw_lane + fetch_slot * (32 * p.raw_bytes);
+  const int64_t row_bytes = (w.in_features * BITS + 7) / 8;
+  const int whole_tiles = static_cast<int>(w.rows / kStreamTile);
+  const int whole_chunks = static_cast<int>(row_bytes / (kBoxes * 128));
+  const int copy_row = lane / 8;  // and 4, 8, 12 rows below
+  const int copy_byte = lane % 8 * 16;
+  const uint8_t* lane_codes =
+      w.codes + copy_row * w.codes_stride + int64_t{first_chunk} * (kBoxes * 128) + copy_byte;
+  const int64_t four_rows = 4 * w.codes_stride;
+  const uint32_t ring = shared_address(shared) + warp * p.stages * kUnitBytes;
+  const uint32_t ring_even = ring + copy_row * 128 + (copy_byte ^ copy_row * 16);
+  const uint32_t ring_odd = ring + (copy_row + 4) * 128 + (copy_byte ^ (copy_row + 4) * 16);
+  const int raw_lane = at.raw + (warp * p.stages * 32 + lane) * p.raw_bytes;
+  Cursor ask_at = start;
+  int asked = 0;
+  int ask_slot = 0;
+  const auto ask = [&] {  // for the next unit
+    if (asked < mine) {
+      const uint8_t* source =
+          lane_codes + ask_at.tile * (4 * four_rows) + ask_at.chunk * (kBoxes * 128);
+      const uint32_t even = ring_even + ask_slot * kUnitBytes;
+      const uint32_t odd = ring_odd + ask_slot * kUnitBytes;
+      if (ask_at.tile < whole_tiles && first_chunk + ask_at.chunk < whole_chunks) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int b = 0; b < kBoxes; ++b) {
+            copy_async_16((i % 2 ? odd : even) + i / 2 * 1024 + b * kStreamBoxBytes,
+                          source + i * four_rows + b * 128);
+          }
+        }
+      } else {
+        const int64_t here = row_bytes - int64_t{first_chunk + ask_at.chunk} * (kBoxes * 128);
+        for (int i = 0; i < 4; ++i) {
+          const bool inside = int64_t{ask_at.tile} * kStreamTile + copy_row + 4 * i < w.rows;
+          for (int b = 0; b < kBoxes; ++b) {
+            const int64_t left = inside ? here - b * 128 - copy_byte : 0;
+            const int valid = static_cast<int>(max(int64_t{0}, min(int64_t{16}, left)));
+            copy_async((i % 2 ? odd : even) + i / 2 * 1024 + b * kStreamBoxBytes,
+                       valid > 0 ? reinterpret_cast<const char*>(source + i * four_rows + b * 128)
+                                 : reinterpret_cast<const char*>(w.codes),
+                       16, valid);
+          }
+        }
+      }
+      if (p.raw_bytes > 0) {
+        const int row = ask_at.tile * kStreamTile + pair_row;
+        const int group = ((first_chunk + ask_at.chunk) * kRuns + pair_run) >> p.run_shift;
+        const int left = row < w.rows ? max(0, static_cast<int>(w.groups) - group) : 0;
+        const uint32_t to = shared_address(shared) + raw_lane + ask_slot * (32 * p.raw_bytes);
         const int64_t at_scale = left > 0 ? row * w.scale_stride + group : 0;
         copy_async(to, static_cast<const char*>(w.scale) + at_scale * element_bytes, p.scale_bytes,
                    min(p.scale_bytes, left * element_bytes));
@@ -175,35 +186,45 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
                      min(p.zero_bytes, left * zero_element_bytes));
         }
       }
-      copy_async_commit();
-      fetch_slot = fetch_slot + 1 == p.raw_depth ? 0 : fetch_slot + 1;
+      ask_at.advance(0, 1, count);
+      ask_slot = ask_slot + 1 == p.stages ? 0 : ask_slot + 1;
+      ++asked;
+    }
+    copy_async_commit();  // also when empty: the counting of units goes on
+  };
+  const auto arrive = [&] {  // waits for the oldest unit asked for
+    if (p.stages == 2) {
+      copy_async_wait<1>();
+    } else if (p.stages == 3) {
+      copy_async_wait<2>();
     } else {
+      copy_async_wait<3>();
+    }
+    __syncwarp();
+  };
+
+  // ---- scales: shared with the warp as (scale, shift) ----
+  uint32_t raw_scale[kPer];
+  uint32_t raw_zero[kPer];
+  Cursor fetch_at = start;
+  const auto fetch = [&] {  // a unit ahead, where asynchronous copies cannot bring them
+    const int row = fetch_at.tile * kStreamTile + pair_row;
+    const int run = (first_chunk + fetch_at.chunk) * kRuns + pair_run;  // of the whole row
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        // Zeros where there is no group, so that staged zeros meet finite numbers.
-        RawGroup raw{0, 0};
-        const int k = (run + i) * (16 * RUN);
-        if (inside && k < w.in_features) raw = load_group(w, row, k >> p.shift);
-        raw_scale[i] = raw.scale;
-        raw_zero[i] = raw.zero;
-      }
+    for (int i = 0; i < kPer; ++i) {
+      // Zeros where there is no group, so that staged zeros meet finite numbers.
+      RawGroup raw{0, 0};
+      const int k = (run + i) * (16 * RUN);
+      if (row < w.rows && k < w.in_features) raw = load_group(w, row, k >> p.shift);
+      raw_scale[i] = raw.scale;
+      raw_zero[i] = raw.zero;
     }
     fetch_at.advance(0, 1, count);
-    ++fetched;
   };
   unsigned char* pairs = shared + at.pairs + warp * kStreamPairBytes<RUN, COLS>;
-  int share_slot = 0;
-  const auto share = [&] {
-    if (p.raw_depth > 0) {
-      // Each lane waits for what it copied itself.
-      if (p.raw_depth == 8) {
-        copy_async_wait<7>();
-      } else if (p.raw_depth == 4) {
-        copy_async_wait<3>();
-      } else {
-        copy_async_wait<1>();
-      }
-      const unsigned char* from = shared + raw_lane + share_slot * (32 * p.raw_bytes);
+  const auto share = [&](int slot) {
+    if (p.raw_bytes > 0) {
+      const unsigned char* from = shared + raw_lane + slot * (32 * p.raw_bytes);
       const unsigned char* zeros = from + p.scale_bytes;
 #pragma unroll
       for (int i = 0; i < kPer; ++i) raw_scale[i] = raw_zero[i] = 0;
@@ -230,7 +251,6 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
           }
         }
       }
-      share_slot = share_slot + 1 == p.raw_depth ? 0 : share_slot + 1;
     }
     constexpr float kCenter = 1 << (BITS - 1);
     float2 pair[kPer];
@@ -262,7 +282,7 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
       to[i] = make_float4(pair[2 * i].x, pair[2 * i].y, pair[2 * i + 1].x, pair[2 * i + 1].y);
     }
   };
-  for (int i = 0; i < max(1, p.raw_depth); ++i) fetch();
+  if (p.raw_bytes == 0 && mine > 0) fetch();
 
   // ---- activations, while the first codes travel ----
   const int first_k = first_chunk * kStreamUnit;
@@ -294,8 +314,8 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
           }
         }
       }
-      if (base == 0 && lane == 0) {  // not earlier: these keep later loads waiting
-        for (int i = 0; i < p.stages && i < boxes; ++i) ask_next(i);
+      if (base == 0) {  // not earlier: these keep later loads waiting
+        for (int i = 0; i < p.stages; ++i) ask();
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -338,7 +358,7 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
                                     : g;
   const int lane_offset =
       row * 128 + ((row * 16) ^ (t * kLaneBytes / 16 * 16)) + t * kLaneBytes % 16;
-  const int ring_offset = warp * p.stages * kStreamBoxBytes + lane_offset;
+  const int ring_offset = warp * p.stages * kUnitBytes + lane_offset;
   const int my_row = g % COLS;  // input row of this lane's column
   const int my_run = my_row < p.m ? g / (COLS > 8 ? 8 : COLS) : -1;
   const int x_lane = at.x + (my_row * p.x_row + t * (RUN * 4)) * 2;
@@ -347,6 +367,8 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
   const unsigned char* lane_pairs = pairs + row * kPitch + (COLS < 8 ? 2 * t / COLS : 0) * 8;
   const float* lane_sums = run_sums + 2 * t;
 
+  const bool clustered = gridDim.y > 1;
+  float* totals = reinterpret_cast<float*>(shared + at.totals);  // of a cluster's part of K
   // A result of input row m and weight row n, its sum complete.
   const auto finish = [&](float value, int m, int64_t n) {
     if (n >= w.rows) return;
@@ -367,20 +389,19 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
 
   Cursor now = start;
   int slot = 0;  // of the ring
-  int parity = 0;
   float acc[kTiles][4] = {};
   float first[kTiles][4] = {};  // sums of the first tile, which an earlier warp may share
   for (int done = 0; done < mine; ++done) {
-    share();
+    arrive();
+    share(slot);
     __syncwarp();
-    fetch();
+    if (p.raw_bytes == 0 && done + 1 < mine) fetch();
     const int x_unit = x_lane + now.chunk * (kStreamUnit * 2);
     const int x_high = 8 + g < p.m ? x_lane_high + now.chunk * (kStreamUnit * 2) : zero_lane;
     const float* unit_sums = lane_sums + now.chunk * (kRuns * COLS);
     float sum[kChains][kTiles][4];
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
-      if (r % kBoxRuns == 0) barrier_wait(barriers + 8 * slot, parity);
       if (r % kSpread == 0) {
 #pragma unroll
         for (int i = 0; i < kChains * kTiles * 4; ++i) (&sum[0][0][0])[i] = 0.0f;
@@ -388,8 +409,8 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
       constexpr int kMask = kRunBytes >= 16 ? ~0 : ~15;
       const int run_byte = r % kBoxRuns * kRunBytes;
       const unsigned char* codes = shared +
-                                   ((ring_offset + slot * kStreamBoxBytes) ^ (run_byte / 16 * 16)) +
-                                   (run_byte & ~kMask);
+                                   ((ring_offset + slot * kUnitBytes) ^ (run_byte / 16 * 16)) +
+                                   (run_byte & ~kMask) + r / kBoxRuns * kStreamBoxBytes;
       uint32_t a[2][RUN][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -431,14 +452,6 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
               b[2 * j + 1], kind);
         }
       }
-      if (r % kBoxRuns == kBoxRuns - 1) {
-        __syncwarp();  // nobody reads the box any more
-        if (lane == 0 && asked < boxes) ask_next(slot);
-        if (++slot == p.stages) {
-          slot = 0;
-          parity ^= 1;
-        }
-      }
       if (r % kSpread == kSpread - 1) {
         float4 low, high;  // (scale, shift) of columns 2t and 2t + 1
         const unsigned char* from = lane_pairs + (r - (kSpread - 1)) * 8;
@@ -472,7 +485,9 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
         }
       }
     }
-    __syncwarp();  // before the next pairs overwrite these
+    __syncwarp();  // before the next codes and pairs overwrite these
+    ask();
+    slot = slot + 1 == p.stages ? 0 : slot + 1;
     const int tile = now.tile;
     now.advance(0, 1, count);
     if (now.tile != tile || done + 1 == mine) {
@@ -490,7 +505,11 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
       const bool is_first = tile == start.tile;
       if (!is_first && done + 1 < mine) {  // all of its units were this warp's
         each(acc, [&](float value, int m, int r) {
-          finish(value, m, static_cast<int64_t>(tile) * kStreamTile + r);
+          if (clustered) {
+            totals[((tile - tile_begin) * p.m + m) * kStreamTile + r] = value;
+          } else {
+            finish(value, m, static_cast<int64_t>(tile) * kStreamTile + r);
+          }
         });
       }
       if (is_first || done + 1 < mine) {
@@ -506,14 +525,12 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
   // ---- tiles that warps share: sums through the rings, which are idle now ----
   const int results = p.m * kStreamTile;  // of a tile
   const auto slot_of = [&](int which, int s) {
-    return reinterpret_cast<float*>(shared + which * p.stages * kStreamBoxBytes) + s * results;
+    return reinterpret_cast<float*>(shared + which * p.stages * kUnitBytes) + s * results;
   };
   each(first, [&](float value, int m, int r) { slot_of(warp, 0)[m * kStreamTile + r] = value; });
   each(acc, [&](float value, int m, int r) { slot_of(warp, 1)[m * kStreamTile + r] = value; });
   __syncthreads();
   const int tiles = tile_end - tile_begin;
-  const bool clustered = gridDim.y > 1;
-  float* totals = reinterpret_cast<float*>(shared + at.x);  // nobody needs the activations now
   const auto warp_of = [&](int unit) {
     return static_cast<int>((static_cast<int64_t>(unit + 1) * WARPS - 1) / units);
   };
@@ -535,8 +552,7 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 8 ? 2 : 1)
     }
   }
   if (clustered) {
-    // Every block of the cluster adds up its share of the results, in the order of k. Blocks of a
-    // cluster have at most as many tiles as warps, so nothing was finished above.
+    // Every block of the cluster adds up its share of the results, in the order of k.
     cluster_barrier();
     const int splits = gridDim.y;
     for (int i = threadIdx.x * splits + blockIdx.y; i < tiles * results; i += kThreads * splits) {
@@ -579,69 +595,69 @@ int most_clusters(const char* op, Kernel kernel, int splits, int threads, int sh
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
 void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t stream) {
   const StreamParams& p = plan.params;
-  const QuantizedWeight& w = p.w;
-  const CUtensorMap map =
-      tensor_map(op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS),
-                 w.rows, w.codes_stride, 128, kStreamTile, CU_TENSOR_MAP_SWIZZLE_128B);
   const auto kernel = stream_kernel<T, BITS, RUN, COLS, WARPS>;
-  const int shared_bytes = stream_layout<RUN, COLS, WARPS>(p).total;
+  // One block a multiprocessor, also where the next launch's blocks come while this one's leave.
+  const int shared_bytes =
+      std::max(stream_layout<BITS, RUN, COLS, WARPS>(p).total, kStreamLeastShared);
   check_cuda(
       op, "asking for shared memory",
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   int blocks = std::min(p.tiles, most_clusters(op, kernel, plan.splits, WARPS * 32, shared_bytes,
                                                plan.multiprocessors));
-  // See the kernel's end: in a cluster no warp may have a tile between its first and its last.
-  if (plan.splits > 1) blocks = std::max(blocks, (p.tiles + WARPS - 1) / WARPS);
+  if (plan.splits > 1) {
+    blocks = std::max(blocks, (p.tiles + p.total_tiles - 1) / p.total_tiles);
+  }
   launch_overlapped(op, kernel, dim3(blocks, plan.splits), WARPS * 32, shared_bytes,
-                    dim3(1, plan.splits), stream, map, p);
+                    dim3(1, plan.splits), stream, p);
 }
 
 // What a number of input rows runs as. Small groups take fewer variants.
 constexpr int stream_columns(int m, int run) {
   return m > 8 ? 16 : run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
 }
-constexpr int stream_warps(int columns) {
-  return columns >= 8 ? 16 : 8;
+// As many warps as leave room for the activations of usual layers.
+constexpr int stream_warps(int bits, int run, int columns) {
+  return run < 4 ? 8 : bits == 8 || columns >= 8 ? 10 : 12;
 }
 
-template <int RUN, int COLS>
+template <int BITS, int RUN, int COLS>
 struct StreamVariant {
   static constexpr int kRun = RUN;
   static constexpr int kColumns = COLS;
-  static constexpr int kWarps = stream_warps(COLS);
+  static constexpr int kWarps = stream_warps(BITS, RUN, COLS);
 };
 
 // Calls f with the StreamVariant of a call.
-template <typename F>
+template <int BITS, typename F>
 void dispatch_stream(int run, int m, const F& f) {
   const int columns = stream_columns(m, run);
   if (run == 4) {
     if (columns == 1) {
-      f(StreamVariant<4, 1>{});
+      f(StreamVariant<BITS, 4, 1>{});
     } else if (columns == 4) {
-      f(StreamVariant<4, 4>{});
+      f(StreamVariant<BITS, 4, 4>{});
     } else if (columns == 8) {
-      f(StreamVariant<4, 8>{});
+      f(StreamVariant<BITS, 4, 8>{});
     } else {
-      f(StreamVariant<4, 16>{});
+      f(StreamVariant<BITS, 4, 16>{});
     }
   } else if (run == 2) {
     if (columns == 8) {
-      f(StreamVariant<2, 8>{});
+      f(StreamVariant<BITS, 2, 8>{});
     } else {
-      f(StreamVariant<2, 16>{});
+      f(StreamVariant<BITS, 2, 16>{});
     }
   } else if (columns == 8) {
-    f(StreamVariant<1, 8>{});
+    f(StreamVariant<BITS, 1, 8>{});
   } else {
-    f(StreamVariant<1, 16>{});
+    f(StreamVariant<BITS, 1, 16>{});
   }
 }
 
 template <typename T, int BITS>
 void launch_stream_bits(const char* op, const StreamPlan& plan, cudaStream_t stream) {
   const StreamParams& p = plan.params;
-  dispatch_stream(run_of(p.w.group_size, p.w.groups), p.m, [&](auto variant) {
+  dispatch_stream<BITS>(run_of(p.w.group_size, p.w.groups), p.m, [&](auto variant) {
     using V = decltype(variant);
     launch_stream_kernel<T, BITS, V::kRun, V::kColumns, V::kWarps>(op, plan, stream);
   });
