@@ -15,7 +15,7 @@ INSTALL := $(PIP) install --no-build-isolation
 JOBS ?= 2
 export MAX_JOBS ?= $(JOBS)
 
-.PHONY: demo test lint format types pytest build clean help build-cuda-check test-cuda sanitize-cuda
+.PHONY: demo test test-mps test-metal-cuda lint format types pytest build clean help build-cuda-check test-cuda sanitize-cuda
 .DEFAULT_GOAL := help
 
 help: ## what there is
@@ -43,7 +43,7 @@ build: $(VENV)/demo.stamp ## the environment and the extension, in place
 demo: $(VENV)/demo.stamp ## a real model from a GGUF file answers a prompt on 4-bit weights
 	$(BIN)/mkrs demo --cache .cache $(ARGS)
 
-test: $(VENV)/test.stamp lint types pytest ## everything: lint, types, the whole test suite
+test: $(VENV)/test.stamp lint types pytest test-mps ## everything: lint, types, all tests
 
 lint: $(VENV)/test.stamp ## ruff and clang-format
 	$(BIN)/ruff check .
@@ -55,6 +55,19 @@ types: $(VENV)/test.stamp ## mypy
 
 pytest: $(VENV)/test.stamp ## the test suite; ARGS go to pytest
 	$(BIN)/python -m pytest --cov=mergekit_torch --cov-report=term $(ARGS)
+
+# One thread: kernels run on the simulator's own, and OpenMP's idle ones would only spin.
+test-mps: $(VENV)/test.stamp ## the op suite on the simulated GPU, every kernel call in 3 orders of threads
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKRS_TEST_DEVICE=mps MKRS_SIM_SEED=11,12,13 \
+	  $(BIN)/python -m pytest tests/ops --durations=10 $(ARGS)
+
+# nvcc and a GPU; METAL_CUDA=build stops before the GPU, METAL_CUDA=run starts there.
+METAL_CUDA ?= build run
+CUDA_ARCH ?= native
+test-metal-cuda: $(VENV)/test.stamp ## the Metal kernels on an NVIDIA GPU, compared bit by bit
+	cd tests && for step in $(METAL_CUDA); do \
+	  ../$(BIN)/python -m metal_sim.cuda_replay $$step ../build/metal_cuda \
+	    --arch $(CUDA_ARCH) --sanitize || exit 1; done
 
 build-cuda-check: $(VENV)/torch.stamp ## compile and link the CUDA kernels (needs nvcc, no GPU)
 	MKRS_CUDA=1 $(BIN)/python setup.py build_ext --build-lib build/cuda/lib --build-temp build/cuda/temp

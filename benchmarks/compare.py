@@ -188,7 +188,7 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def call_cost(threads: int) -> dict[str, dict[str, float]]:
-    """Microseconds of one call on hot small layers, from Python."""
+    """Microseconds of one call on hot small layers, from Python, in inference mode."""
     torch.set_num_threads(threads)
     result = {}
     for size in (64, 576):
@@ -203,10 +203,11 @@ def call_cost(threads: int) -> dict[str, dict[str, float]]:
         }
         for name, call in calls.items():
             times = []
-            for _ in range(3000):
-                start = time.perf_counter_ns()
-                call()
-                times.append((time.perf_counter_ns() - start) / 1e3)
+            with torch.inference_mode():
+                for _ in range(3000):
+                    start = time.perf_counter_ns()
+                    call()
+                    times.append((time.perf_counter_ns() - start) / 1e3)
             result[name] = {"min": min(times), "median": statistics.median(times)}
             print(f"  {name:24} {min(times):6.1f} us (median {result[name]['median']:.1f})")
     return result

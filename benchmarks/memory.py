@@ -1,67 +1,88 @@
 """Checkpoints, arena, streaming and conversion against what they must cost, and against peers.
 
+    python -m benchmarks.memory all     --dir DIR       every part below; DIR needs 12 GiB
     python -m benchmarks.memory arena
     python -m benchmarks.memory read    --dir DIR [--size 2] [--threads 2]
     python -m benchmarks.memory convert --dir DIR [--size 8] [--budget 512MiB]
-    python -m benchmarks.memory stream  --dir DIR
+    python -m benchmarks.memory stream  --dir DIR [--device cuda]
+    python -m benchmarks.memory --table                 only write the table again
 
-Sizes are in GiB; DIR needs room for the files, which are removed at the end. Each part is measured
-in a process of its own and adds its section to ``benchmarks/results/memory.json``. File pages are
-dropped from the page cache before cold runs (``posix_fadvise``). fastsafetensors and safetensors
-are compared where they are installed.
+Sizes are in GiB; the files in DIR are removed at the end. What is measured is in
+:mod:`benchmarks.memory_probes`, each measurement in a process of its own. Every part adds its
+section to ``benchmarks/results/memory.json``, and docs/memory.md gets its table from there. File
+pages are dropped from the page cache before cold runs (``posix_fadvise``). fastsafetensors and
+safetensors are compared where they are installed.
 """
 
 import argparse
 import json
-import os
-import resource
-import statistics
+import platform
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+
+from benchmarks import memory_table
+from benchmarks.memory_probes import STACKS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "memory.json"
+#: Times that a measurement is repeated; the best counts.
+REPEATS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=("arena", "read", "convert", "stream", "_run"))
-    parser.add_argument("rest", nargs="*")
+    parser.add_argument("part", nargs="?", choices=("all", *PARTS))
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--size", type=float, help="GiB of weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", default="512MiB")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of `stream`")
+    parser.add_argument("--table", action="store_true", help="write the table into docs/memory.md")
     args = parser.parse_args()
+    if args.part is None and not args.table:
+        parser.error("give a part, or --table")
     torch.set_num_threads(args.threads)
-    if args.part == "_run":
-        print(json.dumps(PROBES[args.rest[0]](*args.rest[1:])))
-        return
-    with tempfile.TemporaryDirectory(dir=args.dir, prefix="mkrs-bench-") as folder:
-        result = {"arena": arena, "read": read, "convert": convert, "stream": stream}[args.part](
-            Path(folder), args
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    result["torch"] = torch.__version__
-    result["command"] = "python -m benchmarks.memory " + " ".join(sys.argv[1:])
-    results[args.part] = result
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    for part in PARTS if args.part == "all" else [args.part] if args.part else []:
+        with tempfile.TemporaryDirectory(dir=args.dir, prefix="mkrs-bench-") as folder:
+            result = PARTS[part](Path(folder), args)
+        result["torch"] = torch.__version__
+        result["machine"] = machine()
+        key = f"{part}_{args.device}" if part == "stream" and args.device != "cpu" else part
+        result["command"] = f"python -m benchmarks.memory {part}" + (
+            f" --device {args.device}" if key != part else ""
+        )
+        results[key] = result
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps({key: result}, indent=1), flush=True)
+    memory_table.write(results, ROOT / "docs/memory.md")
+
+
+def machine() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in fields.items()}
+    return (
+        f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family', '?')} "
+        f"model {facts.get('model', '?')}), {text.count('processor')} cores"
+    )
 
 
 def probe(name: str, *arguments: object, threads: int = 2) -> Any:
-    """Run one of :data:`PROBES` in a fresh process and return what it found."""
-    command = [sys.executable, "-m", "benchmarks.memory", "_run", name, *map(str, arguments)]
+    """Run one of the probes in a fresh process and return what it found."""
+    command = [sys.executable, "-m", "benchmarks.memory_probes", name, *map(str, arguments)]
     command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -69,35 +90,17 @@ def probe(name: str, *arguments: object, threads: int = 2) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def best(probe_of: Callable[[], Any], key: str, repeats: int = 3) -> Any:
-    """The repetition with the smallest ``key``."""
-    found = [probe_of() for _ in range(repeats)]
-    good = [f for f in found if key in f]
-    return min(good, key=lambda f: f[key]) if good else found[0]
-
-
-def cost(work: Callable[[], Any]) -> dict[str, float]:
-    """Wall and processor seconds of a call, all threads of this process together."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    started = time.perf_counter()
-    work()
-    wall = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(wall, 4), "cpu_s": round(cpu, 4)}
-
-
-def drop(path: Path) -> None:
-    """Take a file out of the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
-# --- arena --------------------------------------------------------------------------------------
+def best(probes: Mapping[str, Callable[[], Any]], key: str) -> dict[str, Any]:
+    """Of each probe the repetition with the smallest ``key``; they take turns."""
+    found: dict[str, list[Any]] = {name: [] for name in probes}
+    for _ in range(REPEATS):
+        for name, run in probes.items():
+            found[name].append(run())
+    result = {}
+    for name, runs in found.items():
+        good = [run for run in runs if key in run]
+        result[name] = min(good, key=lambda run: run[key]) if good else runs[0]
+    return result
 
 
 def arena(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -113,228 +116,38 @@ def arena(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     checked = subprocess.run(
         [str(program), "check", "4", "1000000", "5"], capture_output=True, text=True
     )
+    mixed = {name: partial(probe, "arena_mixed", name) for name in ("arena", "torch")}
     return {
         "ns_cpp": cpp,
         "ns_python": probe("arena"),
+        "mixed": best(mixed, "us"),
         "million_cycles_4_threads": checked.stdout.strip() or checked.stderr.strip(),
     }
 
 
-def probe_arena() -> dict[str, Any]:
-    from mergekit_torch.memory import Arena
-
-    pool = Arena("cpu")
-    result = {}
-    for size in (1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20):
-        row = {}
-        makers = {
-            "arena": lambda size=size: pool.empty(size, dtype=torch.uint8),
-            "torch": lambda size=size: torch.empty(size, dtype=torch.uint8),
-        }
-        for name, make in makers.items():
-            for suffix, work in (
-                ("", make),
-                ("_written", lambda make=make: make().fill_(1)),
-            ):
-                count = 2000 if not suffix else max(3, (64 << 20) // size)
-                times = []
-                for _ in range(5):
-                    started = time.perf_counter_ns()
-                    for _ in range(count):
-                        work()
-                    times.append((time.perf_counter_ns() - started) / count)
-                row[name + suffix] = round(min(times))
-        result[str(size)] = row
-    return result
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
 def read(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Open a checkpoint of 300 tensors and read every tensor once, warm page cache."""
-    path = folder / "model.safetensors"
+    path, pickled = folder / "model.safetensors", folder / "model.pt"
     size = args.size or 2
     probe("write", path, size, 300)
+    probe("write_torch", path, pickled)
     readers = {
-        "raw": "read_raw",
-        "mkrs_pread": "read_mkrs",
-        "mkrs_mmap_sum": "read_mkrs_mmap",
-        "safetensors_mmap_sum": "read_safetensors_mmap",
-        "safetensors_pread": "read_safetensors_pread",
-        "fastsafetensors": "read_fast",
+        "raw": partial(probe, "read_raw", path),
+        "mkrs_pread": partial(probe, "read_mkrs", path),
+        "mkrs_mmap_sum": partial(probe, "read_mkrs_mmap", path),
+        "safetensors_mmap_sum": partial(probe, "read_safetensors_mmap", path),
+        "safetensors_mmap_copy": partial(probe, "read_safetensors_mmap_copy", path),
+        "safetensors_pread": partial(probe, "read_safetensors_pread", path),
+        "torch_load": partial(probe, "read_torch", pickled),
+        "fastsafetensors": partial(probe, "read_fast", path),
     }
-    probe("read_raw", path)  # into the page cache
+    for file in (path, pickled):
+        probe("cache", file)
     result: dict[str, Any] = {"gib": size, "threads": args.threads}
-    result["open_ms"] = best(lambda: probe("open", path), "ms")
+    result["open_ms"] = best({"": partial(probe, "open", path)}, "ms")[""]
     result["slices"] = probe("slices", path)
-    for name, reader in readers.items():
-        result[name] = best(partial(probe, reader, path), "cpu_s")
-    probe("write_torch", path, folder / "model.pt")
-    path.unlink()
-    result["torch_load"] = best(lambda: probe("read_torch", folder / "model.pt"), "cpu_s")
+    result.update(best(readers, "cpu_s"))
     return result
-
-
-def probe_write(path: str, gib: str, count: str) -> dict[str, Any]:
-    from mergekit_torch.checkpoint import CheckpointWriter, TensorSpec
-
-    columns = 2048
-    rows = int(float(gib) * 2**30 / int(count) / columns / 2)
-    specs = {f"t{i}": TensorSpec(torch.bfloat16, (rows, columns)) for i in range(int(count))}
-    value = torch.randn(rows, columns).bfloat16()
-    with CheckpointWriter(path, specs) as writer:
-        for name in specs:
-            writer.write(name, value)
-    return {}
-
-
-def probe_write_torch(path: str, target: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    torch.save(load_file(path), target)
-    return {}
-
-
-def probe_open(path: str) -> dict[str, Any]:
-    from mergekit_torch.checkpoint import open_checkpoint
-
-    times = []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
-    drop(Path(path))
-    for _ in range(20):
-        started = time.perf_counter()
-        checkpoint = open_checkpoint(path)
-        times.append(1e3 * (time.perf_counter() - started))
-        checkpoint.close()
-    blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock - before
-    for _ in open(path, "rb", buffering=1 << 24):  # noqa: SIM115  (back into the page cache)
-        pass
-    return {
-        "ms": round(statistics.median(times), 3),
-        "first_ms_cold": round(times[0], 3),
-        "bytes_read": blocks * 512,
-    }
-
-
-def probe_slices(path: str) -> dict[str, Any]:
-    """Bytes that a row slice and a column slice cause to be read or made resident."""
-    from mergekit_torch.checkpoint import open_checkpoint, pread
-
-    counted: list[int] = []
-    original = pread.read_into
-
-    def counting(file: Any, path: Any, out: torch.Tensor, offset: int, **more: Any) -> None:
-        counted.append(out.numel() * out.element_size())
-        original(file, path, out, offset, **more)
-
-    pread.read_into = counting
-    result: dict[str, Any] = {}
-    with open_checkpoint(path, read="pread") as checkpoint:
-        part = checkpoint.get_slice("t7")
-        rows, columns = part.shape
-        for name, index, exact in (
-            ("rows", (slice(10, 20),), 10 * columns * 2),
-            ("columns", (slice(None), slice(64, 128)), rows * 64 * 2),
-        ):
-            counted.clear()
-            _ = part[index]
-            result[name] = {"bytes_read": sum(counted), "bytes_needed": exact}
-    return result
-
-
-def probe_read_raw(path: str) -> dict[str, float]:
-    """Two threads, preadv into one mapping with huge pages: the floor."""
-    import mmap
-
-    size = os.path.getsize(path)
-
-    def work() -> None:
-        memory = mmap.mmap(-1, size)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        view = memoryview(memory)
-        fd = os.open(path, os.O_RDONLY)
-        half = size // 2 // 4096 * 4096
-
-        def part(begin: int, end: int) -> None:
-            while begin < end:
-                begin += os.preadv(fd, [view[begin : min(end, begin + (8 << 20))]], begin)
-
-        threads = [threading.Thread(target=part, args=a) for a in ((0, half), (half, size))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        os.close(fd)
-
-    return cost(work)
-
-
-def probe_read_mkrs(path: str) -> dict[str, float]:
-    from mergekit_torch.checkpoint import open_checkpoint
-
-    def work() -> None:
-        checkpoint = open_checkpoint(path, read="pread")
-        kept.append({name: checkpoint[name] for name in checkpoint})
-
-    kept: list[Any] = []
-    return cost(work)
-
-
-def probe_read_mkrs_mmap(path: str) -> dict[str, float]:
-    from mergekit_torch.checkpoint import open_checkpoint
-
-    def work() -> None:
-        checkpoint = open_checkpoint(path)
-        for name in checkpoint:
-            checkpoint[name].view(torch.int64).sum()
-
-    return cost(work)
-
-
-def probe_read_safetensors_mmap(path: str) -> dict[str, float]:
-    from safetensors import safe_open
-
-    def work() -> None:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                file.get_tensor(name).view(torch.int64).sum()
-
-    return cost(work)
-
-
-def probe_read_safetensors_pread(path: str) -> dict[str, float]:
-    from safetensors import safe_open
-
-    kept = []
-
-    def work() -> None:
-        with safe_open(path, "pt", backend="pread") as file:
-            for name in file.keys():  # noqa: SIM118
-                kept.append(file.get_tensor(name))
-
-    return cost(work)
-
-
-def probe_read_fast(path: str) -> dict[str, float]:
-    from fastsafetensors import fastsafe_open  # type: ignore[import-not-found]
-
-    kept = []
-
-    def work() -> None:
-        with fastsafe_open(filenames=[path], nogds=True, device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118
-                kept.append(file.get_tensor(name).clone().detach())
-
-    return cost(work)
-
-
-def probe_read_torch(path: str) -> dict[str, float]:
-    kept = []
-    return cost(lambda: kept.append(torch.load(path, weights_only=True)))
-
-
-# --- conversion ---------------------------------------------------------------------------------
 
 
 def convert(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -342,209 +155,64 @@ def convert(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     size = args.size or 8
     count = max(1, round(size * 4))
     source, target = folder / "source.safetensors", folder / "target.safetensors"
-    probe("write", source, size, count)  # tensors of 256 MiB
     result: dict[str, Any] = {"gib": size, "budget": args.budget, "tensors": count}
-    result["mkrs"] = probe("convert", source, target, args.budget)
-    out = target.stat().st_size if target.exists() else 0
-    target.unlink(missing_ok=True)
-    result["copy"] = probe("copy", source, target, out)
-    target.unlink(missing_ok=True)
-    result["numpy"] = probe("numpy", source, target, 1 << 28)
-    if "wall_s" in result["mkrs"] and "wall_s" in result["copy"]:
-        result["over_copy"] = round(result["mkrs"]["wall_s"] / result["copy"]["wall_s"], 3)
-    if "gb_s" in result["mkrs"] and "gb_s" in result["numpy"]:
-        result["over_numpy"] = round(result["mkrs"]["gb_s"] / result["numpy"]["gb_s"], 2)
+
+    def compare(state: str, numpy_bytes: int) -> dict[str, Any]:
+        found = {"mkrs": probe("convert", source, target, args.budget, state)}
+        out = target.stat().st_size if target.exists() else 0
+        target.unlink(missing_ok=True)
+        found["copy"] = probe("copy", source, target, out, state)
+        target.unlink(missing_ok=True)
+        found["numpy"] = probe("numpy", source, target, numpy_bytes, state)
+        target.unlink(missing_ok=True)
+        rates = {name: one.get("gb_s") for name, one in found.items()}
+        if all(rates.values()):
+            found["over_copy"] = round(rates["copy"] / rates["mkrs"], 3)
+            found["over_numpy"] = round(rates["mkrs"] / rates["numpy"], 2)
+            work = found["numpy"]["cpu_s_per_gb"] / found["mkrs"]["cpu_s_per_gb"]
+            found["numpy_over_cpu"] = round(work, 2)
+        return found
+
+    probe("write", source, size, count)  # tensors of 256 MiB
+    result["cold"] = compare("cold", 1 << 28)
+    source.unlink()
+    # Without the disk: the source in the page cache, the target in memory.
+    memory = Path("/dev/shm")
+    probe("write", source, 1, 4)
+    with tempfile.TemporaryDirectory(
+        dir=memory if memory.is_dir() else folder, prefix="mkrs-bench-"
+    ) as shm:
+        target = Path(shm) / "target.safetensors"
+        result["warm"] = min((compare("warm", 1 << 28) for _ in range(2)), key=_wall)
     return result
 
 
-def probe_convert(source: str, target: str, budget: str) -> dict[str, Any]:
-    from mergekit_torch.checkpoint import QuantInfo, TensorSpec, open_checkpoint
-    from mergekit_torch.memory import rewrite_checkpoint
-
-    # Proof by the system: 1 GiB of private memory in all, torch's own included.
-    resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
-    drop(Path(source))
-    with open_checkpoint(source) as checkpoint:
-        specs = {}
-        for name in checkpoint:
-            info = checkpoint.info(name)
-            q = QuantInfo(4, 64, "affine", info.shape[-1], torch.bfloat16, torch.bfloat16)
-            specs[name] = TensorSpec(torch.bfloat16, info.shape, q)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        nbytes = checkpoint.nbytes
-        found: dict[str, Any] = cost(
-            lambda: rewrite_checkpoint(checkpoint, target, specs, budget=budget)
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found["gb_s"] = round(nbytes / found["wall_s"] / 1e9, 3)
-    found["peak_mib"] = round(peak / 1024)
-    found["before_mib"] = round(before / 1024)
-    found["rlimit_data_mib"] = 1024
-    return found
-
-
-def probe_copy(source: str, target: str, nbytes: str) -> dict[str, Any]:
-    """Read all of the input and write as many bytes as the output has, at once, to the disk."""
-    drop(Path(source))
-    size = os.path.getsize(source)
-
-    def read_all() -> None:
-        buffer = bytearray(32 << 20)
-        with open(source, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-    def write_all() -> None:
-        buffer = os.urandom(8 << 20)
-        left = int(nbytes)
-        with open(target, "wb", buffering=0) as file:
-            unsafe = 0
-            while left:
-                count = file.write(buffer[:left])
-                left -= count
-                unsafe += count
-                if unsafe >= 256 << 20:
-                    os.fdatasync(file.fileno())
-                    unsafe = 0
-            os.fsync(file.fileno())
-
-    def work() -> None:
-        threads = [threading.Thread(target=t) for t in (read_all, write_all)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    found: dict[str, Any] = cost(work)
-    found["gb_s"] = round(size / found["wall_s"] / 1e9, 3)
-    return found
-
-
-def probe_numpy(source: str, target: str, limit: str) -> dict[str, Any]:
-    """The same quantization in NumPy, in row blocks that fit the caches, on the first bytes."""
-    from mergekit_torch.checkpoint import open_checkpoint
-
-    with open_checkpoint(source) as checkpoint:
-        info = checkpoint.info(next(iter(checkpoint)))
-    rows, columns = info.shape
-    rows = min(rows, int(limit) // columns // 2)
-    drop(Path(source))
-
-    def work() -> None:
-        with open(source, "rb") as file, open(target, "wb") as out:
-            file.seek(info.offset)
-            for begin in range(0, rows, 256):
-                count = min(256, rows - begin)
-                raw = np.frombuffer(file.read(count * columns * 2), np.uint16)
-                w = (raw.astype(np.uint32) << 16).view(np.float32).reshape(count, -1, 64)
-                low, high = w.min(-1, keepdims=True), w.max(-1, keepdims=True)
-                scale = (high - low) / np.float32(15)
-                inverse = np.where(scale == 0, np.float32(0), 1 / scale)
-                q = np.rint((w - low) * inverse).clip(0, 15).astype(np.uint8)
-                codes = q[..., 0::2] | (q[..., 1::2] << 4)
-                for part in (codes, scale.astype(np.float16), low.astype(np.float16)):
-                    out.write(part.tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-
-    found: dict[str, Any] = cost(work)
-    found["gb_s"] = round(rows * columns * 2 / found["wall_s"] / 1e9, 3)
-    return found
-
-
-# --- streaming ----------------------------------------------------------------------------------
-
-
-LAYERS, WIDTH = 64, 4096
+def _wall(found: dict[str, Any]) -> float:
+    seconds: float = found["mkrs"].get("wall_s", float("inf"))
+    return seconds
 
 
 def stream(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Decode one token at a time through 64 layers of 4096x4096 at 4 bits, 4x the budget."""
+    """Decode one token at a time through layers at 4 bits, four times the budget."""
     path = folder / "model.safetensors"
-    probe("write_model", path)
-    result: dict[str, Any] = {"layers": LAYERS, "width": WIDTH, "threads": args.threads}
+    probe("write_model", path, args.device)
+    result: dict[str, Any] = {**STACKS[args.device]._asdict(), "threads": args.threads}
+    if args.device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+        for state in ("host", "file"):
+            result[state] = probe("stream_cuda", path, state, threads=args.threads)
+        return result
     for state in ("warm", "cold"):
-        result[state] = probe("stream", path, state, threads=args.threads)
+        result[state] = probe("stream", path, state, threads=1)
+    result["threads"] = 1
     return result
 
 
-def build() -> torch.nn.Module:
-    """A stack of quantized layers with small activations."""
-    from mergekit_torch.nn import QuantizedLinear
-
-    with torch.device("meta"):
-        return torch.nn.Sequential(
-            *(QuantizedLinear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
-        )
-
-
-def probe_write_model(path: str) -> dict[str, Any]:
-    from mergekit_torch.checkpoint import CheckpointWriter
-    from mergekit_torch.tensor import QuantizedTensor
-
-    weights = [QuantizedTensor.from_float(torch.randn(WIDTH, WIDTH) / WIDTH**0.5) for _ in range(4)]
-    specs = {f"{i}.weight": weights[i % 4] for i in range(LAYERS)}
-    with CheckpointWriter(path, specs) as writer:
-        for name, weight in specs.items():
-            writer.write(name, weight)
-    return {}
-
-
-def probe_stream(path: str, state: str) -> dict[str, Any]:
-    from mergekit_torch import nn as mnn
-    from mergekit_torch.checkpoint import open_checkpoint
-    from mergekit_torch.memory import stream as stream_model
-
-    checkpoint = open_checkpoint(path, read="pread")
-    total = checkpoint.nbytes
-    x = torch.randn(1, WIDTH)
-
-    def measured(work: Callable[[], Any], repeats: int) -> float:
-        times = []
-        for _ in range(repeats):
-            if state == "cold":
-                drop(Path(path))
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times) if state == "warm" else statistics.median(times)
-
-    def read_all() -> None:
-        for name in checkpoint:
-            checkpoint[name]
-
-    reading = measured(read_all, 7)
-    budget = total // 4
-    with torch.no_grad():
-        with stream_model(build(), path, budget=budget) as streamed:
-            streamed(x)
-            streamed(x)
-            found = streamed(x)
-            before = streamed.stats().bytes_read
-            seconds = measured(lambda: streamed(x), 7)
-            stats = streamed.stats()
-        resident = torch.nn.Sequential(
-            *(mnn.QuantizedLinear.from_quantized(checkpoint[f"{i}.weight"]) for i in range(LAYERS))
-        )
-        expected = resident(x)
-        in_memory = measured(lambda: resident(x), 7)
-    return {
-        "bytes": total,
-        "budget": budget,
-        "peak": stats.peak,
-        "bit_equal": bool(torch.equal(found, expected)),
-        "reading_s": round(reading, 4),
-        "pass_s": round(seconds, 4),
-        "in_memory_s": round(in_memory, 4),
-        "bytes_read_per_pass": round((stats.bytes_read - before) / 7),
-        "of_reading_rate": round(reading / seconds, 3),
-    }
-
-
-PROBES: dict[str, Callable[..., Any]] = {
-    name.removeprefix("probe_"): function
-    for name, function in list(globals().items())
-    if name.startswith("probe_")
+PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
+    "arena": arena,
+    "read": read,
+    "convert": convert,
+    "stream": stream,
 }
 
 if __name__ == "__main__":

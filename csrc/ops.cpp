@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def("_arena_frame_empty(int frame, int[] size, ScalarType dtype) -> Tensor");
   m.def("_arena_frame_close(int frame) -> ()");
   m.def("_arena_block(int arena, int nbytes) -> int");
+  m.def("_arena_block_over(int arena, Tensor view, int charge) -> int");
   m.def("_arena_block_tensor(int block, int offset, int[] size, ScalarType dtype) -> Tensor");
   m.def("_arena_block_tensors(int block) -> int");
   m.def("_arena_block_size(int block) -> int");
@@ -48,6 +49,7 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "_read_file(Tensor(a!) out, int fd, int offset, int row_bytes, int row_stride, int rows, "
       "int threads) -> (int error, int position)");
+  m.def("_map_resident_pages(Tensor view) -> bool");
   // What this machine was given, as JSON: for people and for `mergekit_torch.doctor`.
   m.def("_cpu_info() -> str");
 }

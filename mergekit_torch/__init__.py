@@ -3,7 +3,7 @@
 Importing this package registers the ops ``torch.ops.mkrs.*``.
 """
 
-from . import ops
+from . import ops, verify
 from .checkpoint import open_checkpoint, save_checkpoint
 from .format import FORMAT_VERSION, QuantFormat
 from .nn import QuantizedEmbedding, QuantizedLinear
@@ -11,6 +11,8 @@ from .quantize_ import QuantizeReport, dequantize_, quantize_
 from .quantize_config import QuantizeConfig
 from .tensor import QuantizedTensor
 from .version import __version__
+
+verify.install_if_asked()
 
 __all__ = [
     "FORMAT_VERSION",

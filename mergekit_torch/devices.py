@@ -1,5 +1,7 @@
 """Which devices the ops of this build run on."""
 
+import platform
+
 import torch
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS"}
@@ -41,6 +43,12 @@ def check_device(name: str) -> torch.device:
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
+    if device.type == "mps" and not present["mps"] and torch.backends.mps.is_built():
+        raise ValueError(
+            "device 'mps' must have a Metal GPU and macOS 14 or later, and torch finds none here "
+            f"(macOS {platform.mac_ver()[0] or 'of unknown version'}, {platform.machine()}); "
+            "everything also runs on the CPU"
+        )
     if not present[device.type]:
         raise ValueError(f"device {name!r} must be present, and torch finds none here")
     if not has_kernels(device.type):

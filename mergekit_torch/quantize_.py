@@ -345,6 +345,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]
 
     Raises:
         TypeError: ``model`` is itself a quantized layer, or ``dtype`` is not offered.
+        ValueError: the model is split over ranks.
     """
     if isinstance(model, QuantizedModule):
         raise TypeError("model must contain layers; use to_linear() or to_embedding() on this one")
@@ -354,7 +355,11 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
     codes: list[Tensor] = []  # keeps ids unique while they are keys
     names = []
-    for name, old in list(model.named_modules(remove_duplicate=False)):
+    modules = list(model.named_modules(remove_duplicate=False))
+    for name, old in modules:
+        if isinstance(old, QuantizedModule):
+            old._require_whole(name, "dequantize the model before it is split over ranks")
+    for name, old in modules:
         if not isinstance(old, (QuantizedLinear, QuantizedEmbedding)):
             continue
         new = replaced.get(id(old))

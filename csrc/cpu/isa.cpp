@@ -9,12 +9,20 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cpu/limbs.h"
+
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "cpu/x86_vnni.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 // Standard headers stay above: included under a target pragma, their inline functions would be
@@ -29,6 +37,7 @@
 #if !defined(__clang__)
 // GCC 12's own AVX-512 headers trip this one.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
@@ -80,65 +89,114 @@
 namespace mkrs::cpu {
 namespace {
 
-#if defined(__x86_64__)
-
-// Thresholds of the VNNI level, all of them here. Measured on Zen 4 with 4 bits, group 64.
-constexpr int64_t kRowsInputs = 4;  // up to so many input rows are dot products along k
-constexpr int64_t kRowsInputsInt8 = 8;
-constexpr int64_t kExactSpan = 64;  // activations per fixed-point scale, where groups are as long
-
-MatmulPlan vnni_plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
-  MatmulPlan plan;
-  if (w.in_features == 0) return plan;
-  plan.limbs = compute == Compute::Int8 ? 1 : x.type == Float::F32 ? 3 : 2;
-  // A single group of any length is cut into spans; others are powers of two of at least 16.
-  const int64_t group = w.groups == 1 ? kExactSpan : w.group_size;
-  plan.span = compute == Compute::Int8 ? int8_span(w.group_size) : std::min(kExactSpan, group);
-  if (x.rows <= (plan.limbs == 1 ? kRowsInputsInt8 : kRowsInputs)) {
-    plan.regime = Regime::Rows;
-    plan.units = x.rows;
-    plan.unit_bytes = vnni::rows_unit_bytes(w, plan.limbs, plan.span);
-    plan.weight_rows = 4;
-  } else {
-    plan.regime = Regime::Tiles;
-    plan.units = vnni::tiles_units(x.rows);
-    plan.unit_bytes = vnni::tiles_unit_bytes(w, plan.limbs, plan.span);
-    plan.weight_rows = 24;
+// A level's integer kernels in front of the float kernels that it falls back to: for what it has no
+// tiles for, and for activations without a fixed-point form.
+template <const limbs::Level& LIMBS, const Kernels& FLOATS>
+struct WithLimbs {
+  static MatmulPlan plan(const QuantizedWeight& w, const Matrix& x, Compute compute) {
+    MatmulPlan plan;
+    if (w.in_features == 0) return plan;
+    plan.limbs = limbs::limbs_of(x.type, compute);
+    plan.span = limbs::span_of(w, compute);
+    if (x.rows <= LIMBS.rows_inputs(w.bits, plan.limbs)) {
+      plan.regime = Regime::Rows;
+      plan.units = x.rows;
+      plan.unit_bytes = LIMBS.rows_unit_bytes(w, plan.limbs, plan.span);
+      plan.weight_rows = LIMBS.rows_weight_rows;
+    } else if (LIMBS.tiles_units != nullptr) {
+      plan.regime = Regime::Tiles;
+      plan.units = LIMBS.tiles_units(x.rows, plan.limbs);
+      plan.unit_bytes = LIMBS.tiles_unit_bytes(w, plan.limbs, plan.span);
+      plan.weight_rows = LIMBS.tiles_weight_rows;
+    } else {
+      return FLOATS.plan(w, x, compute);
+    }
+    return plan;
   }
-  return plan;
+
+  static bool prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
+                      int64_t begin, int64_t end, void* scratch) {
+    const auto prepare = plan.regime == Regime::Rows    ? LIMBS.rows_prepare
+                         : plan.regime == Regime::Tiles ? LIMBS.tiles_prepare
+                                                        : FLOATS.prepare;
+    return prepare(plan, w, x, begin, end, scratch);
+  }
+
+  static void matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
+                     const void* scratch, const void* bias, int64_t begin, int64_t end,
+                     const Output& out) {
+    const auto matmul = plan.regime == Regime::Rows    ? LIMBS.rows_matmul
+                        : plan.regime == Regime::Tiles ? LIMBS.tiles_matmul
+                                                       : FLOATS.matmul;
+    matmul(plan, w, x, scratch, bias, begin, end, out);
+  }
+
+  static Kernels table() {
+    Kernels table = FLOATS;
+    table.name = LIMBS.name;
+    table.plan = plan;
+    table.prepare = prepare;
+    table.matmul = matmul;
+    return table;
+  }
+};
+
+#if defined(__x86_64__)
+const Kernels kAvx2 = WithLimbs<avx2_limbs::level, avx2::table>::table();
+const Kernels kAvxVnni = WithLimbs<avxvnni::level, avx2::table>::table();
+const Kernels kAvx512 = WithLimbs<avx512_limbs::level, avx512::table>::table();
+const Kernels kVnni = WithLimbs<vnni::level, avx512::table>::table();
+
+#if defined(MKRS_AVXVNNI_AS_EVEX)  // x86_avxvnni.cpp says why
+bool has_avxvnni() {
+  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
-
-bool vnni_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x, int64_t begin,
-                  int64_t end, void* scratch) {
-  const auto prepare = plan.regime == Regime::Rows ? vnni::rows_prepare : vnni::tiles_prepare;
-  return prepare(plan, w, x, begin, end, scratch);
+#else
+// CPUID leaf 7, subleaf 1, EAX bit 4; not every compiler here knows the name.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
 }
+#endif
+#elif defined(__aarch64__)
+const Kernels kDotprod = WithLimbs<dotprod::level, neon::table>::table();
+const Kernels kI8mm = WithLimbs<i8mm::level, neon::table>::table();
 
-void vnni_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
-                 const void* scratch, const void* bias, int64_t begin, int64_t end,
-                 const Output& out) {
-  const auto matmul = plan.regime == Regime::Rows    ? vnni::rows_matmul
-                      : plan.regime == Regime::Tiles ? vnni::tiles_matmul
-                                                     : avx512::table.matmul;
-  matmul(plan, w, x, scratch, bias, begin, end, out);
+#if defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
 }
-
-Kernels vnni_table() {
-  Kernels table = avx512::table;
-  table.name = "avx512_vnni";
-  table.plan = vnni_plan;
-  table.prepare = vnni_prepare;
-  table.matmul = vnni_matmul;
-  return table;
+bool has_dotprod() {
+  return has_feature("hw.optional.arm.FEAT_DotProd");
 }
-
-const Kernels kVnni = vnni_table();
-
+bool has_i8mm() {
+  return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM");
+}
+#elif defined(__linux__)
+// Bits of the kernel's ABI; older headers lack the second name.
+bool has_dotprod() {
+  return (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
+}
+bool has_i8mm() {
+  return has_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0;  // HWCAP2_I8MM
+}
+#else
+// No way to ask here: the baseline is what is certain.
+bool has_dotprod() {
+  return false;
+}
+bool has_i8mm() {
+  return false;
+}
+#endif
 #endif
 
 struct Level {
   const Kernels* table;
   bool supported;
+  const limbs::Level* limbs = nullptr;  // its integer kernels, if it has any
 };
 
 std::vector<Level> levels() {
@@ -149,11 +207,14 @@ std::vector<Level> levels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  found.push_back({&avx2::table, avx2});
-  found.push_back({&avx512::table, avx512});
-  found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni")});
+  found.push_back({&kAvx2, avx2, &avx2_limbs::level});
+  found.push_back({&kAvxVnni, avx2 && has_avxvnni(), &avxvnni::level});
+  found.push_back({&kAvx512, avx512, &avx512_limbs::level});
+  found.push_back({&kVnni, avx512 && __builtin_cpu_supports("avx512vnni"), &vnni::level});
 #elif defined(__aarch64__)
   found.push_back({&neon::table, true});
+  found.push_back({&kDotprod, has_dotprod(), &dotprod::level});
+  found.push_back({&kI8mm, has_i8mm(), &i8mm::level});
 #endif
   return found;
 }
@@ -184,13 +245,18 @@ const Kernels& kernels() {
 }
 
 std::vector<Threshold> thresholds() {
-#if defined(__x86_64__)
-  if (&kernels() == &kVnni) {
-    return {{"rows_inputs_exact", kRowsInputs},
-            {"rows_inputs_int8", kRowsInputsInt8},
-            {"exact_span", kExactSpan}};
+  for (const Level& level : levels()) {
+    if (level.table != &kernels() || level.limbs == nullptr) continue;
+    std::vector<Threshold> found;
+    for (const auto& [name, count] : {std::pair<const char*, int>{"rows_inputs_f32", 3},
+                                      {"rows_inputs_f16", 2},
+                                      {"rows_inputs_int8", 1}}) {
+      const int64_t most = level.limbs->rows_inputs(4, count);
+      if (most < limbs::kAnyInputs) found.push_back({name, most});
+    }
+    found.push_back({"exact_span", limbs::kExactSpan});
+    return found;
   }
-#endif
   return {};
 }
 

@@ -1,6 +1,6 @@
 // The CPU kernel table: one row per instruction-set level, one level chosen once per process.
 //
-// Levels: generic everywhere; avx2, avx512, avx512_vnni on x86-64; neon on arm64.
+// Levels: generic everywhere; avx2, avx512, avx512_vnni on x86-64; neon, dotprod, i8mm on arm64.
 // MKRS_CPU_ISA forces a level (tests run all of them on one machine); a level that this processor
 // or this build lacks is an error, never a silent fallback.
 #pragma once
@@ -109,7 +109,7 @@ const Kernels& kernels();
 // The table of one level, for tests that compare levels. Throws where it does not run.
 const Kernels& kernels_of(const std::string& name);
 
-// The switch points of the level in force, by name.
+// The switch points of the level in force at 4 bits, by name.
 struct Threshold {
   const char* name;
   int64_t value;

@@ -333,7 +333,7 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
         const int64_t n = std::min(plan.span, w.in_features - k);
         const void* source = element(x.data, m * x.stride + k, x.type);
         // A span past the row's end splits into zeros.
-        if (!split_span(source, x.type, n, plan.limbs, top, part)) return false;
+        if (!split_span(source, x.type, n, plan.span, plan.limbs, top, part)) return false;
         for (int l = 0; l < plan.limbs; ++l) {
           std::memcpy(linear[l] + i, part.limb[l], static_cast<size_t>(plan.span));
         }

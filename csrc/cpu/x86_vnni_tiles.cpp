@@ -2,8 +2,11 @@
 // so a weight is broadcast and sums stay per lane, per group, with no reductions.
 //
 // Floor: M*N*K*limbs multiply-adds over the vpdpbusd peak (64 a cycle per core on Zen 4, so
-// 468 GOP/s for compute="int8", 156 for exact f32, 234 for exact f16 and bf16). A span of 64 with
-// three limbs is 48 vpdpbusd and 3 multiply-add-pipe instructions: 94% of the floor at best.
+// 473 GOP/s for compute="int8", 158 for exact f32, 237 for exact f16 and bf16). Float multiplies
+// share the pipes of vpdpbusd: a span of 64 with three limbs takes 48 vpdpbusd and 3 of those, 94%
+// of the floor at best; int8 with its spans of 32 takes 16 vpdpbusd and 5 per 64, 76% at best.
+// Measured, cache-hot: 84% for exact f32, 65% for int8 from 32 rows on, 49% at 8, where a tile's
+// loading (a store of 64 bytes takes 2 cycles) costs a third.
 #if defined(__x86_64__)
 
 #include "cpu/x86_vnni.h"
@@ -23,315 +26,437 @@ namespace {
 #include "cpu/convert.inc"
 #include "cpu/x86_vnni_split.inc"
 
-// ---- vectors of 16 or 8 input rows ------------------------------------------------------------
+// Register arrays live in registers only where every loop over them is unrolled.
+#define MKRS_UNROLL _Pragma("GCC unroll 24")
+
+// ---- lanes ------------------------------------------------------------------------------------
 
 // The instruction by name: around its intrinsic GCC copies and spills the accumulators, at half the
 // speed.
 
-struct Lanes16 {
-  static constexpr int kLanes = 16;
-  using Int = __m512i;
-  using Real = __m512;
-  static Int load(const void* p) { return _mm512_load_si512(p); }
-  static Int broadcast(int32_t v) { return _mm512_set1_epi32(v); }
-  static void dot(Int& sum, Int codes, Int limb) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(limb));
+inline void dot(__m512i& sum, __m512i codes, __m512i limb) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(limb));
+}
+
+inline __m512i shift8_add(__m512i high, __m512i low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+}
+
+// Sixteen input rows by one weight row.
+struct Wide {
+  static constexpr int kRows = 1;
+  static constexpr int pair(int r) { return r / 2; }  // where the tile keeps row r
+  static constexpr int half(int r) { return r % 2; }
+  // Four codes, or a scale, of the weight row in every lane.
+  static __m512i codes(const uint8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
   }
-  static Int shift8_add(Int high, Int low) {
-    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-  }
-  static Real real(Int v) { return _mm512_cvtepi32_ps(v); }
-  static Real load_real(const float* p) { return _mm512_load_ps(p); }
-  static void store_real(float* p, Real v) { _mm512_store_ps(p, v); }
-  static Real broadcast_real(float v) { return _mm512_set1_ps(v); }
-  static Real mul(Real a, Real b) { return _mm512_mul_ps(a, b); }
-  static Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
+  static __m512 real(const float* p) { return _mm512_set1_ps(*p); }
 };
 
-struct Lanes8 {
-  static constexpr int kLanes = 8;
-  using Int = __m256i;
-  using Real = __m256;
-  static Int load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
-  static Int broadcast(int32_t v) { return _mm256_set1_epi32(v); }
-  static void dot(Int& sum, Int codes, Int limb) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(limb));
+// Eight input rows by two weight rows: even lanes hold the first, odd lanes the second.
+struct Paired {
+  static constexpr int kRows = 2;
+  static constexpr int pair(int r) { return r; }
+  static constexpr int half(int) { return 0; }
+  static __m512i codes(const uint8_t* p) {
+    int64_t eight;
+    std::memcpy(&eight, p, 8);
+    return _mm512_set1_epi64(eight);
   }
-  static Int shift8_add(Int high, Int low) {
-    return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low);
+  static __m512 real(const float* p) {
+    int64_t two;
+    std::memcpy(&two, p, 8);
+    return _mm512_castsi512_ps(_mm512_set1_epi64(two));
   }
-  static Real real(Int v) { return _mm256_cvtepi32_ps(v); }
-  static Real load_real(const float* p) { return _mm256_load_ps(p); }
-  static void store_real(float* p, Real v) { _mm256_store_ps(p, v); }
-  static Real broadcast_real(float v) { return _mm256_set1_ps(v); }
-  static Real mul(Real a, Real b) { return _mm256_mul_ps(a, b); }
-  static Real fma(Real a, Real b, Real c) { return _mm256_fmadd_ps(a, b, c); }
 };
 
 // ---- prepared input ---------------------------------------------------------------------------
 
-constexpr int64_t kPanel =
-    16;  // input rows of a panel; a last panel of up to 8 rows is half as wide
+// Input rows of a panel. A last panel of up to 8 holds each row twice, side by side.
+constexpr int64_t kPanel = 16;
+constexpr int64_t kVector = 64;  // bytes
 
-// A panel, span by span: for every 4 activations (a quad) the limbs [limb][lane][4]; then the
-// centring terms [limb][lane] int32, the scales [lane] of the span and the sums [lane] of its group
-// so far.
-inline int64_t span_bytes(int limbs, int64_t span, int64_t lanes) {
-  return lanes * (limbs * (span + 4) + 8);
+// A panel, span by span: for every 4 codes that lie together in a tile (a quad) the limbs
+// [limb][lane][4]; then the centring terms [limb][lane] int32, the scales [lane] of the span and
+// the sums [lane] of its group so far.
+inline int64_t span_bytes(int limbs, int64_t span) {
+  return kVector * (limbs * (span / 4 + 1) + 2);
 }
 
-inline int64_t panel_lanes(int64_t rows_left) {
-  return rows_left <= 8 ? 8 : kPanel;
+inline bool is_paired(int64_t rows_left) {
+  return rows_left <= kPanel / 2;
 }
 
-void prepare_span(const Span* rows, int limbs, int center, int64_t span, int64_t lanes,
-                  double* group_sums, bool ends_group, char* out) {
-  const int64_t quads = span / 4;
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    for (int l = 0; l < limbs; ++l) {
-      char* target = out + (l * lanes + lane) * 4;
-      for (int64_t q = 0; q < quads; ++q) {
-        std::memcpy(target + q * limbs * lanes * 4, rows[lane].limb[l] + 4 * q, 4);
-      }
-    }
+// A span's digits in the tile's order: part p of a byte's codes is a run of its own, so quad j of
+// part p holds the codes 4j*parts + p, + parts, ... of the span. One vector; what is past the span
+// is anything.
+inline __m512i order_digits(__m512i digits, int parts, int64_t span) {
+  if (parts == 1) return digits;
+  const __m512i bytes = _mm512_set1_epi32(0x0c080400);
+  if (parts == 4) {
+    // Bytes 0, 4, 8 and 12 of every 16 to its first four, and so on: then dwords by part.
+    const __m512i within = _mm512_shuffle_epi8(
+        digits, _mm512_add_epi8(bytes, _mm512_broadcast_i32x4(
+                                           _mm_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303))));
+    const int shift = span == 64 ? 2 : span == 32 ? 1 : 0;
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // Dword d of the result is quad d mod (span/16) of part d / (span/16).
+    const __m128i count = _mm_cvtsi32_si128(shift);
+    const __m512i part = _mm512_srl_epi32(lane, count);
+    const __m512i quad = _mm512_sub_epi32(lane, _mm512_sll_epi32(part, count));
+    return _mm512_permutexvar_epi32(_mm512_add_epi32(_mm512_slli_epi32(quad, 2), part), within);
   }
-  int32_t* centre = reinterpret_cast<int32_t*>(out + quads * limbs * lanes * 4);
-  float* scales = reinterpret_cast<float*>(centre + limbs * lanes);
-  float* sums = scales + lanes;
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    for (int l = 0; l < limbs; ++l) {
-      const __m512i digits = _mm512_load_si512(rows[lane].limb[l]);
-      const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), digits);
-      centre[l * lanes + lane] = -center * _mm512_reduce_add_epi32(sum);
+  // Even bytes of every 16 to its first half, odd ones to its second: then halves by part.
+  const __m512i within = _mm512_shuffle_epi8(
+      digits,
+      _mm512_broadcast_i32x4(_mm_setr_epi32(0x06040200, 0x0e0c0a08, 0x07050301, 0x0f0d0b09)));
+  if (span == 16) return within;
+  const __m512i index = span == 32 ? _mm512_setr_epi64(0, 2, 1, 3, 4, 6, 5, 7)
+                                   : _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  return _mm512_permutexvar_epi64(index, within);
+}
+
+// Sixteen vectors of sixteen dwords, rows to columns.
+inline void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+  MKRS_UNROLL for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  MKRS_UNROLL for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // v[4i + j] holds column 4L + j of rows 4i..4i+3 in its 128-bit lane L.
+  MKRS_UNROLL for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xee);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+  MKRS_UNROLL for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+void prepare_span(const Span* rows, const MatmulPlan& plan, const QuantizedWeight& w, bool paired,
+                  double* group_sums, bool ends_group, char* out) {
+  const int limbs = plan.limbs;
+  const int64_t quads = plan.span / 4;
+  const int center = center_of(w);
+  int32_t* centre = reinterpret_cast<int32_t*>(out + quads * limbs * kVector);
+  float* scales = reinterpret_cast<float*>(centre + limbs * kPanel);
+  float* sums = scales + kPanel;
+  const int copies = paired ? 2 : 1;
+  for (int64_t i = 0; i < kPanel / copies; ++i) {
+    group_sums[i] += static_cast<double>(rows[i].scale) * rows[i].sum;
+    for (int64_t lane = i * copies; lane < (i + 1) * copies; ++lane) {
+      scales[lane] = rows[i].scale;
+      sums[lane] = static_cast<float>(group_sums[i]);
     }
-    scales[lane] = rows[lane].scale;
-    group_sums[lane] += static_cast<double>(rows[lane].scale) * rows[lane].sum;
-    sums[lane] = static_cast<float>(group_sums[lane]);
-    if (ends_group) group_sums[lane] = 0.0;
+    if (ends_group) group_sums[i] = 0.0;
+  }
+  const __m512i minus_center = _mm512_set1_epi32(-center);
+  for (int l = 0; l < limbs; ++l) {
+    __m512i digits[16];
+    for (int lane = 0; lane < kPanel; ++lane) {
+      digits[lane] =
+          order_digits(_mm512_load_si512(rows[lane / copies].limb[l]), 8 / w.bits, plan.span);
+    }
+    transpose(digits);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t q = 0; q < quads; ++q) {
+      _mm512_store_si512(out + (q * limbs + l) * kVector, digits[q]);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), digits[q]);
+    }
+    _mm512_store_si512(centre + l * kPanel, _mm512_mullo_epi32(sum, minus_center));
   }
 }
 
 // ---- tiles of weights -------------------------------------------------------------------------
 
-constexpr int64_t kMaxTileRows = 96;       // a multiple of every micro-kernel's row count
-constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: half of the smallest L1
-constexpr int64_t kFewInputs = 32;         // up to so many rows tiles are long instead of tall
-constexpr int64_t kInputBlock = 512;       // input rows that share a tile: sums stay in L2
+constexpr int64_t kTileBytes = 24 * 1024;     // codes, a byte each: most of the smallest L1
+constexpr int64_t kTall = 256, kLong = 1024;  // codes of a tile's row
+// Up to so many input rows take long tiles, whose loading costs least; more take tall ones, so that
+// the part of the prepared input that all tiles read stays in L2.
+constexpr int64_t kFewInputs = 32;
+constexpr int64_t kInputBlock = 512;  // input rows that share a tile: sums stay in L2
 
-// 64 codes, a byte each.
-inline __m512i spread4(__m256i packed) {
-  const __m512i wide = _mm512_cvtepu8_epi16(packed);
-  const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
-  return _mm512_and_si512(both, _mm512_set1_epi16(0x0f0f));
+// Two weight rows side by side: per 64 packed bytes of each, part by part (part p of a byte is its
+// p-th code), quads of the first and of the second row in turn. Bytes past the row's end are zero.
+template <int BITS>
+void unpack_pair(const uint8_t* first, const uint8_t* second, int64_t bytes, uint8_t* out) {
+  constexpr int kParts = 8 / BITS;
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __m512i a, b;
+    if (bytes - i >= 64) {
+      a = _mm512_loadu_si512(first + i);
+      b = _mm512_loadu_si512(second + i);
+    } else {
+      const __mmask64 read = (uint64_t{1} << (bytes - i)) - 1;
+      a = _mm512_maskz_loadu_epi8(read, first + i);
+      b = _mm512_maskz_loadu_epi8(read, second + i);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      __m512i x = a, y = b;
+      if constexpr (kParts > 1) {
+        x = _mm512_and_si512(_mm512_srli_epi16(a, p * BITS), mask);
+        y = _mm512_and_si512(_mm512_srli_epi16(b, p * BITS), mask);
+      }
+      _mm512_store_si512(out, _mm512_permutex2var_epi32(x, low, y));
+      _mm512_store_si512(out + 64, _mm512_permutex2var_epi32(x, high, y));
+      out += 128;
+    }
+  }
 }
 
-inline __m512i spread2(__m128i packed) {
-  const __m512i wide = _mm512_cvtepu8_epi32(packed);
-  const __m512i nibbles = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)),
-                                           _mm512_set1_epi32(0x000f000f));
-  const __m512i pairs = _mm512_or_si512(nibbles, _mm512_slli_epi32(nibbles, 6));
-  return _mm512_and_si512(pairs, _mm512_set1_epi32(0x03030303));
-}
-
-// n codes from a whole byte on, one per output byte; n is a multiple of 4 but for the row's end.
-inline void unpack_row(const uint8_t* codes, int bits, int64_t n, uint8_t* out) {
-  int64_t i = 0;
-  if (bits == 8) {
-    std::memcpy(out, codes, static_cast<size_t>(n));
-    return;
-  }
-  if (bits == 4) {
-    for (; i + 64 <= n; i += 64) {
-      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i / 2));
-      _mm512_storeu_si512(out + i, spread4(packed));
-    }
-    if (i < n) {
-      // Up to 32 bytes: shifted in 64 bits.
-      const __mmask32 read = static_cast<__mmask32>((uint64_t{1} << ((n - i + 1) / 2)) - 1);
-      _mm512_storeu_si512(out + i, spread4(_mm256_maskz_loadu_epi8(read, codes + i / 2)));
-    }
-    return;
-  }
-  for (; i + 64 <= n; i += 64) {
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 4));
-    _mm512_storeu_si512(out + i, spread2(packed));
-  }
-  if (i < n) {
-    const __mmask16 read = static_cast<__mmask16>((1u << ((n - i + 3) / 4)) - 1u);
-    _mm512_storeu_si512(out + i, spread2(_mm_maskz_loadu_epi8(read, codes + i / 4)));
-  }
+inline void unpack_pair(const uint8_t* first, const uint8_t* second, int bits, int64_t bytes,
+                        uint8_t* out) {
+  bits == 8   ? unpack_pair<8>(first, second, bytes, out)
+  : bits == 4 ? unpack_pair<4>(first, second, bytes, out)
+              : unpack_pair<2>(first, second, bytes, out);
 }
 
 // A tile: rows [n, n + rows) by activations [k, k + depth), depth a multiple of the span but at the
-// end. Rows past `rows` up to a multiple of the micro-kernel hold stale codes and are never stored.
+// end. Rows past `rows` hold stale codes, or the last row's, and are never stored.
+template <int64_t DEPTH>
 struct Tile {
-  int64_t rows = 0, depth = 0, max_rows = 0, stride = 0;
-  uint8_t* codes = nullptr;  // [max_rows][stride]
-  int64_t spans = 0;         // row stride of scale and shift, a multiple of 16
-  float* scale = nullptr;    // [max_rows][spans]
-  float* shift = nullptr;    // [max_rows][spans]
-  int64_t first_span = 0, row_spans = 0, group_spans = 0;  // group_spans: a power of two
+  static constexpr int64_t kDepth = DEPTH;
+  static constexpr int64_t kRows = kTileBytes / DEPTH;  // a multiple of every kernel's row count
+  static constexpr int64_t kPairBytes = 2 * DEPTH;
+  int64_t rows = 0, depth = 0;
+  alignas(64) uint8_t codes[kRows / 2][kPairBytes];  // as unpack_pair leaves them
+  alignas(64) float scale[kRows / 2][DEPTH / 16][2];
+  alignas(64) float shift[kRows / 2][DEPTH / 16][2];
+  int64_t first_span = 0, row_spans = 0;
+  int group_shift = 0;  // span s of the row belongs to group s >> group_shift
 
+  int64_t group(int64_t s) const {
+    return ((first_span + s) >> group_shift) - (first_span >> group_shift);
+  }
   // Whether the tile's span s is the last of its group; a group's shift is added there.
   bool ends_group(int64_t s) const {
     const int64_t next = first_span + s + 1;
-    return next == row_spans || (next & (group_spans - 1)) == 0;
+    return next == row_spans || (next & ((int64_t{1} << group_shift) - 1)) == 0;
   }
 };
 
+// Sixteen values of two rows, in turn.
+inline void store_pairs(float (*out)[2], __m512 first, __m512 second) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_store_ps(out[0], _mm512_permutex2var_ps(first, low, second));
+  _mm512_store_ps(out[8], _mm512_permutex2var_ps(first, high, second));
+}
+
+// Scales and shifts of groups [g, g + count) of two rows.
+template <Float TYPE, Scheme SCHEME>
+void load_groups(const QuantizedWeight& weight, const int64_t (&row)[2], int64_t g, int64_t count,
+                 float (*scale)[2], float (*shift)[2]) {
+  QuantizedWeight w = weight;  // with what the compiler is to know
+  w.scale_type = TYPE;
+  w.scheme = SCHEME;
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_lanes(count - i);
+    const __m512 first = load_scales(w, row[0], g + i, mask);
+    const __m512 second = load_scales(w, row[1], g + i, mask);
+    store_pairs(scale + i, first, second);
+    if constexpr (SCHEME != Scheme::Symmetric) {
+      store_pairs(shift + i, load_shifts(w, row[0], g + i, mask, first),
+                  load_shifts(w, row[1], g + i, mask, second));
+    }
+  }
+}
+
+using LoadGroups = void (*)(const QuantizedWeight&, const int64_t (&)[2], int64_t, int64_t,
+                            float (*)[2], float (*)[2]);
+
+template <Float TYPE>
+LoadGroups groups_loader(Scheme scheme) {
+  return scheme == Scheme::Symmetric    ? load_groups<TYPE, Scheme::Symmetric>
+         : scheme == Scheme::Asymmetric ? load_groups<TYPE, Scheme::Asymmetric>
+                                        : load_groups<TYPE, Scheme::Affine>;
+}
+
+template <typename Tile>
 void load_tile(const QuantizedWeight& w, int64_t span, int64_t n, int64_t k, Tile& tile) {
   const int span_shift = __builtin_ctzll(static_cast<uint64_t>(span));
-  // Span s of the row belongs to group s >> dup; a single group has any length.
-  const int dup =
-      w.groups == 1 ? 62 : __builtin_ctzll(static_cast<uint64_t>(w.group_size)) - span_shift;
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i dup_index = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(dup));
   const int64_t bytes = code_bytes(tile.depth, w.bits);
-  const int64_t first = k >> span_shift;
-  const int64_t last = (k + tile.depth - 1) >> span_shift;
-  tile.first_span = first;
+  tile.first_span = k >> span_shift;
   tile.row_spans = ((w.in_features - 1) >> span_shift) + 1;
-  tile.group_spans = int64_t{1} << dup;
+  // A single group has any length.
+  tile.group_shift =
+      w.groups == 1 ? 62 : __builtin_ctzll(static_cast<uint64_t>(w.group_size)) - span_shift;
+  const int64_t first_group = tile.first_span >> tile.group_shift;
+  const int64_t groups = tile.group((tile.depth - 1) >> span_shift) + 1;
+  const LoadGroups load = w.scale_type == Float::F32   ? groups_loader<Float::F32>(w.scheme)
+                          : w.scale_type == Float::F16 ? groups_loader<Float::F16>(w.scheme)
+                                                       : groups_loader<Float::BF16>(w.scheme);
   // What is read next: these rows' next codes, or at their end the next rows' first.
   const bool row_done = k + tile.depth == w.in_features;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const uint8_t* source = w.codes + (n + r) * w.codes_stride + k * w.bits / 8;
-    const uint8_t* next =
-        row_done ? w.codes + (n + r + tile.max_rows) * w.codes_stride : source + bytes;
-    for (int64_t b = 0; b < tile.stride * w.bits / 8; b += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + b), _MM_HINT_T1);
+  for (int64_t r = 0; r < tile.rows; r += 2) {
+    const int64_t row[2] = {n + r, std::min(n + r + 1, n + tile.rows - 1)};
+    const uint8_t* source[2];
+    for (int i = 0; i < 2; ++i) {
+      source[i] = w.codes + row[i] * w.codes_stride + k * w.bits / 8;
+      const uint8_t* next =
+          row_done ? w.codes + (row[i] + Tile::kRows) * w.codes_stride : source[i] + bytes;
+      for (int64_t b = 0; b < Tile::kDepth * w.bits / 8; b += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + b), _MM_HINT_T1);
+      }
     }
-    unpack_row(source, w.bits, tile.depth, tile.codes + r * tile.stride);
-    for (int64_t s = first; s <= last; s += 16) {
-      const int64_t g = s >> dup;
-      const __mmask16 mask = first_lanes((std::min(last, s + 15) >> dup) + 1 - g);
-      __m512 scale = load_scales(w, n + r, g, mask);
-      float* target = tile.scale + r * tile.spans + (s - first);
-      _mm512_store_ps(target, _mm512_permutexvar_ps(dup_index, scale));
-      if (w.scheme == Scheme::Symmetric) continue;
-      const __m512 shift = load_shifts(w, n + r, g, mask, scale);
-      target = tile.shift + r * tile.spans + (s - first);
-      _mm512_store_ps(target, _mm512_permutexvar_ps(dup_index, shift));
-    }
+    unpack_pair(source[0], source[1], w.bits, bytes, tile.codes[r / 2]);
+    load(w, row, first_group, groups, tile.scale[r / 2], tile.shift[r / 2]);
   }
 }
 
-// sums[row][lane] += one span of ROWS tile rows times PANELS panels.
-template <typename V, int LIMBS, int PANELS, int ROWS, bool SHIFTED>
-inline void micro(const uint8_t* codes, int64_t stride, const float* scale, const float* shift,
-                  int64_t spans, const char* const (&x)[PANELS], int64_t quads,
-                  float* const (&sums)[PANELS]) {
-  using Int = typename V::Int;
-  using Real = typename V::Real;
-  constexpr int64_t kStep = V::kLanes * 4;
-  const int64_t tail = quads * LIMBS * kStep;
-  Int acc[ROWS][PANELS][LIMBS];
-#pragma GCC unroll 24
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 24
-    for (int p = 0; p < PANELS; ++p) {
-#pragma GCC unroll 3
-      for (int l = 0; l < LIMBS; ++l) acc[r][p][l] = V::load(x[p] + tail + l * kStep);
-    }
-  }
-  int64_t q = 0;
-  do {  // a span has at least four quads
-    Int limb[PANELS][LIMBS];
-#pragma GCC unroll 24
-    for (int p = 0; p < PANELS; ++p) {
-#pragma GCC unroll 3
-      for (int l = 0; l < LIMBS; ++l) limb[p][l] = V::load(x[p] + (q * LIMBS + l) * kStep);
-    }
-#pragma GCC unroll 24
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t four;
-      std::memcpy(&four, codes + r * stride + 4 * q, 4);
-      const Int weight = V::broadcast(four);
-#pragma GCC unroll 24
-      for (int p = 0; p < PANELS; ++p) {
-#pragma GCC unroll 24
-        for (int l = 0; l < LIMBS; ++l) V::dot(acc[r][p][l], weight, limb[p][l]);
+// Where a span's quads are: `parts` runs of `run` quads, 128 bytes apart.
+struct Quads {
+  int64_t parts, run;
+};
+
+// Integer dot products of a span: ROWS tile rows (or pairs of rows) times PANELS panels.
+template <typename V, int64_t PAIR_BYTES, int LIMBS, int PANELS, int ROWS>
+inline void dot_span(const uint8_t* codes, const char* const (&x)[PANELS], Quads quads,
+                     __m512i (&acc)[ROWS][PANELS][LIMBS]) {
+  const int64_t tail = quads.parts * quads.run * LIMBS * kVector;
+  MKRS_UNROLL for (int r = 0; r < ROWS; ++r) {
+    MKRS_UNROLL for (int p = 0; p < PANELS; ++p) {
+      MKRS_UNROLL for (int l = 0; l < LIMBS; ++l) {
+        acc[r][p][l] = _mm512_load_si512(x[p] + tail + l * kVector);
       }
     }
-  } while (++q < quads);
-  Real input_scale[PANELS], input_sum[PANELS];
-#pragma GCC unroll 2
-  for (int p = 0; p < PANELS; ++p) {
-    const float* scales = reinterpret_cast<const float*>(x[p] + tail + LIMBS * kStep);
-    input_scale[p] = V::load_real(scales);
-    input_sum[p] = V::load_real(scales + V::kLanes);
   }
-#pragma GCC unroll 24
-  for (int r = 0; r < ROWS; ++r) {
-    const Real row_scale = V::broadcast_real(scale[r * spans]);
-    const Real row_shift = V::broadcast_real(SHIFTED ? shift[r * spans] : 0.0f);
-#pragma GCC unroll 2
-    for (int p = 0; p < PANELS; ++p) {
-      Real value;
-      if constexpr (LIMBS == 1) {
-        value = V::real(acc[r][p][0]);
-      } else if constexpr (LIMBS == 2) {
-        value = V::real(V::shift8_add(acc[r][p][0], acc[r][p][1]));
-      } else {
-        value = V::fma(V::real(acc[r][p][0]), V::broadcast_real(65536.0f),
-                       V::real(V::shift8_add(acc[r][p][1], acc[r][p][2])));
+  int64_t done = 0;  // bytes of the panels
+  for (int64_t part = 0; part < quads.parts; ++part) {
+    const uint8_t* quad = codes + part * 128;
+    const uint8_t* const end = quad + quads.run * 8;
+    do {  // a run has at least one quad
+      __m512i limb[PANELS][LIMBS];
+      MKRS_UNROLL for (int p = 0; p < PANELS; ++p) {
+        MKRS_UNROLL for (int l = 0; l < LIMBS; ++l) {
+          limb[p][l] = _mm512_load_si512(x[p] + done + l * kVector);
+        }
       }
-      float* sum = sums[p] + r * V::kLanes;
-      Real total = V::fma(value, V::mul(input_scale[p], row_scale), V::load_real(sum));
-      if constexpr (SHIFTED) total = V::fma(row_shift, input_sum[p], total);
-      V::store_real(sum, total);
-    }
+      done += LIMBS * kVector;
+      MKRS_UNROLL for (int r = 0; r < ROWS; ++r) {
+        const __m512i weight = V::codes(quad + V::pair(r) * PAIR_BYTES + 4 * V::half(r));
+        MKRS_UNROLL for (int p = 0; p < PANELS; ++p) {
+          MKRS_UNROLL for (int l = 0; l < LIMBS; ++l) dot(acc[r][p][l], weight, limb[p][l]);
+        }
+      }
+      quad += 8;
+    } while (quad != end);
   }
 }
 
-// The tile times PANELS panels: sums[panel][row][lane].
-template <typename V, int LIMBS, int PANELS, int ROWS, bool SHIFTED>
-void tile_panels(const Tile& tile, int64_t span, const char* x, int64_t panel_bytes, float* sums,
-                 int64_t sums_stride) {
-  const int64_t bytes = span_bytes(LIMBS, span, V::kLanes);
-  for (int64_t r = 0; r < tile.rows; r += ROWS) {
-    float* out[PANELS];
-    for (int p = 0; p < PANELS; ++p) out[p] = sums + p * sums_stride + r * V::kLanes;
+// The tile times PANELS panels: sums[panel][row or pair][lane].
+template <typename V, typename Tile, int LIMBS, int PANELS, int ROWS, bool SHIFTED>
+void tile_panels(const Tile& tile, int bits, int64_t span, const char* x, int64_t panel_bytes,
+                 float* sums, int64_t sums_stride) {
+  const int64_t bytes = span_bytes(LIMBS, span);
+  const int64_t tail = span / 4 * LIMBS * kVector;
+  const int64_t parts = 8 / bits;
+  const Quads quads{parts, span / (4 * parts)};
+  const int64_t span_packed = span / parts;  // bytes of a row's packed codes
+  for (int64_t block = 0; block * V::kRows < tile.rows; block += ROWS) {
+    const int64_t pair = block * V::kRows / 2;
+    float* out = sums + block * kPanel;
+    // One limb leaves registers for the sums, and needs them: its spans are short.
+    constexpr bool kInRegisters = LIMBS == 1;
+    __m512 total[ROWS][PANELS];
+    if constexpr (kInRegisters) {
+      MKRS_UNROLL for (int r = 0; r < ROWS; ++r) {
+        MKRS_UNROLL for (int p = 0; p < PANELS; ++p) {
+          total[r][p] = _mm512_load_ps(out + p * sums_stride + r * kPanel);
+        }
+      }
+    }
     for (int64_t s = 0; s * span < tile.depth; ++s) {
       const char* in[PANELS];
-      for (int p = 0; p < PANELS; ++p) in[p] = x + p * panel_bytes + s * bytes;
-      const uint8_t* codes = tile.codes + r * tile.stride + s * span;
-      const float* scale = tile.scale + r * tile.spans + s;
-      const float* shift = tile.shift + r * tile.spans + s;
-      if (SHIFTED && tile.ends_group(s)) {
-        micro<V, LIMBS, PANELS, ROWS, true>(codes, tile.stride, scale, shift, tile.spans, in,
-                                            span / 4, out);
-      } else {
-        micro<V, LIMBS, PANELS, ROWS, false>(codes, tile.stride, scale, shift, tile.spans, in,
-                                             span / 4, out);
+      MKRS_UNROLL for (int p = 0; p < PANELS; ++p) in[p] = x + p * panel_bytes + s * bytes;
+      const int64_t packed = s * span_packed;
+      const int64_t group = tile.group(s);
+      __m512i acc[ROWS][PANELS][LIMBS];
+      dot_span<V, Tile::kPairBytes, LIMBS, PANELS, ROWS>(
+          tile.codes[pair] + packed / 64 * 128 * parts + 2 * (packed % 64), in, quads, acc);
+      MKRS_UNROLL for (int p = 0; p < PANELS; ++p) {
+        const __m512 input_scale = _mm512_load_ps(in[p] + tail + LIMBS * kVector);
+        MKRS_UNROLL for (int r = 0; r < ROWS; ++r) {
+          __m512 value;
+          if constexpr (LIMBS == 1) {
+            value = _mm512_cvtepi32_ps(acc[r][p][0]);
+          } else if constexpr (LIMBS == 2) {
+            value = _mm512_cvtepi32_ps(shift8_add(acc[r][p][0], acc[r][p][1]));
+          } else {
+            value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][p][0]), _mm512_set1_ps(65536.0f),
+                                    _mm512_cvtepi32_ps(shift8_add(acc[r][p][1], acc[r][p][2])));
+          }
+          const __m512 scale = V::real(tile.scale[pair + V::pair(r)][group] + V::half(r));
+          float* sum = out + p * sums_stride + r * kPanel;
+          if constexpr (!kInRegisters) total[r][p] = _mm512_load_ps(sum);
+          total[r][p] = _mm512_fmadd_ps(value, _mm512_mul_ps(input_scale, scale), total[r][p]);
+          if constexpr (!kInRegisters && !SHIFTED) _mm512_store_ps(sum, total[r][p]);
+        }
+        if constexpr (SHIFTED) {
+          const bool ends = tile.ends_group(s);
+          const __m512 input_sum = _mm512_load_ps(in[p] + tail + (LIMBS + 1) * kVector);
+          MKRS_UNROLL for (int r = 0; r < ROWS; ++r) {
+            const __m512 shift = V::real(tile.shift[pair + V::pair(r)][group] + V::half(r));
+            if (ends) total[r][p] = _mm512_fmadd_ps(shift, input_sum, total[r][p]);
+            if constexpr (!kInRegisters) {
+              _mm512_store_ps(out + p * sums_stride + r * kPanel, total[r][p]);
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kInRegisters) {
+      MKRS_UNROLL for (int r = 0; r < ROWS; ++r) {
+        MKRS_UNROLL for (int p = 0; p < PANELS; ++p) {
+          _mm512_store_ps(out + p * sums_stride + r * kPanel, total[r][p]);
+        }
       }
     }
   }
 }
 
-using TileKernel = void (*)(const Tile&, int64_t, const char*, int64_t, float*, int64_t);
+template <typename Tile>
+using TileKernel = void (*)(const Tile&, int, int64_t, const char*, int64_t, float*, int64_t);
 
-// Accumulators plus limbs and a weight fit 32 registers: 8*3, 12*2 and 12*2 accumulators.
-template <typename V, int PANELS>
-TileKernel tile_kernel(int limbs, bool shifted) {
-  constexpr int kOneLimbRows = PANELS == 2 ? 12 : 24;
-  switch (limbs) {
-    case 1:
-      return shifted ? tile_panels<V, 1, PANELS, kOneLimbRows, true>
-                     : tile_panels<V, 1, PANELS, kOneLimbRows, false>;
-    case 2:
-      return shifted ? tile_panels<V, 2, 1, 12, true> : tile_panels<V, 2, 1, 12, false>;
-    default:
-      return shifted ? tile_panels<V, 3, 1, 8, true> : tile_panels<V, 3, 1, 8, false>;
-  }
+template <typename V, typename Tile, int LIMBS, int PANELS, int ROWS>
+TileKernel<Tile> by_shift(bool shifted) {
+  return shifted ? tile_panels<V, Tile, LIMBS, PANELS, ROWS, true>
+                 : tile_panels<V, Tile, LIMBS, PANELS, ROWS, false>;
 }
 
-// Writes a panel's sums [row][lane] as out[m][n], bias added.
-void store_panel(const float* sums, int64_t lanes, int64_t inputs, int64_t rows, const void* bias,
+// 24 registers of accumulators, or of accumulators and sums, beside limbs and a weight.
+template <typename V, typename Tile>
+TileKernel<Tile> tile_kernel(int limbs, bool shifted) {
+  return limbs == 1   ? by_shift<V, Tile, 1, 1, 12>(shifted)
+         : limbs == 2 ? by_shift<V, Tile, 2, 1, 12>(shifted)
+                      : by_shift<V, Tile, 3, 1, 8>(shifted);
+}
+
+// Writes a panel's sums as out[m][n], bias added.
+void store_panel(const float* sums, bool paired, int64_t inputs, int64_t rows, const void* bias,
                  int64_t n, int64_t m, const Output& out) {
-  alignas(64) float line[kMaxTileRows];
+  alignas(64) float line[kTileBytes / kTall];
   for (int64_t lane = 0; lane < inputs; ++lane) {
-    for (int64_t r = 0; r < rows; ++r) line[r] = sums[r * lanes + lane];
+    for (int64_t r = 0; r < rows; ++r) {
+      line[r] = paired ? sums[r / 2 * kPanel + 2 * lane + r % 2] : sums[r * kPanel + lane];
+    }
     if (bias != nullptr) {
       for (int64_t r = 0; r < rows; ++r) line[r] += load_float(bias, n + r, out.type);
     }
@@ -341,14 +466,55 @@ void store_panel(const float* sums, int64_t lanes, int64_t inputs, int64_t rows,
   }
 }
 
+template <typename Tile>
+void multiply_tiles(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
+                    const void* scratch, const void* bias, int64_t begin, int64_t end,
+                    const Output& out) {
+  static thread_local Tile tile;
+  alignas(64) static thread_local float sums[kInputBlock / kPanel * Tile::kRows * kPanel];
+  const bool shifted = w.scheme != Scheme::Symmetric;
+  const int64_t sums_stride = Tile::kRows * kPanel;
+  const int64_t bytes = span_bytes(plan.limbs, plan.span);
+  const TileKernel<Tile> paired = tile_kernel<Paired, Tile>(plan.limbs, shifted);
+  const TileKernel<Tile> one = tile_kernel<Wide, Tile>(plan.limbs, shifted);
+  const TileKernel<Tile> two = by_shift<Wide, Tile, 1, 2, 6>(shifted);
+
+  for (int64_t m0 = 0; m0 < x.rows; m0 += kInputBlock) {
+    const int64_t inputs = std::min(kInputBlock, x.rows - m0);
+    const int64_t panels = (inputs + kPanel - 1) / kPanel;
+    for (int64_t n = begin; n < end; n += Tile::kRows) {
+      tile.rows = std::min(Tile::kRows, end - n);
+      std::memset(sums, 0, static_cast<size_t>(panels * sums_stride) * sizeof(float));
+      for (int64_t k = 0; k < w.in_features; k += Tile::kDepth) {
+        tile.depth = std::min(Tile::kDepth, w.in_features - k);
+        load_tile(w, plan.span, n, k, tile);
+        for (int64_t p = 0; p < panels;) {
+          const int64_t left = inputs - p * kPanel;
+          const char* in = static_cast<const char*>(scratch) + (m0 / kPanel + p) * plan.unit_bytes +
+                           k / plan.span * bytes;
+          const bool both = plan.limbs == 1 && left > kPanel + kPanel / 2;
+          const TileKernel<Tile> kernel = is_paired(left) ? paired : both ? two : one;
+          kernel(tile, w.bits, plan.span, in, plan.unit_bytes, sums + p * sums_stride, sums_stride);
+          p += both ? 2 : 1;
+        }
+      }
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t left = inputs - p * kPanel;
+        store_panel(sums + p * sums_stride, is_paired(left), std::min(kPanel, left), tile.rows,
+                    bias, n, m0 + p * kPanel, out);
+      }
+    }
+  }
+}
+
 }  // namespace
 
-int64_t tiles_units(int64_t input_rows) {
+int64_t tiles_units(int64_t input_rows, int) {
   return (input_rows + kPanel - 1) / kPanel;
 }
 
 int64_t tiles_unit_bytes(const QuantizedWeight& w, int limbs, int64_t span) {
-  return (w.in_features + span - 1) / span * span_bytes(limbs, span, kPanel);
+  return (w.in_features + span - 1) / span * span_bytes(limbs, span);
 }
 
 bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x, int64_t begin,
@@ -357,20 +523,20 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
   Span rows[kPanel];
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t m = panel * kPanel;
-    const int64_t lanes = panel_lanes(x.rows - m);
+    const bool paired = is_paired(x.rows - m);
     char* out = static_cast<char*>(scratch) + panel * plan.unit_bytes;
     double sums[kPanel] = {};
     for (int64_t k = 0; k < w.in_features; k += plan.span) {
       const int64_t n = std::min(plan.span, w.in_features - k);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        // Lanes past the last input row repeat it; they are not stored.
-        const int64_t row = std::min(m + lane, x.rows - 1);
+      for (int64_t i = 0; i < (paired ? kPanel / 2 : kPanel); ++i) {
+        // Past the last input row it repeats; what comes of it is not stored.
+        const int64_t row = std::min(m + i, x.rows - 1);
         const void* source = element(x.data, row * x.stride + k, x.type);
-        if (!split_span(source, x.type, n, plan.limbs, top, rows[lane])) return false;
+        if (!split_span(source, x.type, n, plan.span, plan.limbs, top, rows[i])) return false;
       }
       const bool ends_group = k + n == w.in_features || (k + n) % w.group_size == 0;
-      prepare_span(rows, plan.limbs, center_of(w), plan.span, lanes, sums, ends_group, out);
-      out += span_bytes(plan.limbs, plan.span, lanes);
+      prepare_span(rows, plan, w, paired, sums, ends_group, out);
+      out += span_bytes(plan.limbs, plan.span);
     }
   }
   return true;
@@ -379,53 +545,9 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
 void tiles_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
                   const void* scratch, const void* bias, int64_t begin, int64_t end,
                   const Output& out) {
-  constexpr int64_t kScales = kTileBytes / 16;  // spans of 16, all rows
-  alignas(64) static thread_local uint8_t codes[kTileBytes + 64];
-  alignas(64) static thread_local float scale[kScales];
-  alignas(64) static thread_local float shift[kScales];
-  alignas(64) static thread_local float sums[kInputBlock / kPanel * kMaxTileRows * kPanel];
-
-  Tile tile;
-  tile.max_rows = x.rows <= kFewInputs ? 24 : kMaxTileRows;
-  tile.stride = kTileBytes / tile.max_rows;
-  tile.spans = tile.stride / 16;
-  tile.codes = codes;
-  tile.scale = scale;
-  tile.shift = shift;
-  const bool shifted = w.scheme != Scheme::Symmetric;
-  const int64_t sums_stride = kMaxTileRows * kPanel;
-  const int64_t panels_at_once = plan.limbs == 1 ? 2 : 1;
-  const TileKernel one = tile_kernel<Lanes16, 1>(plan.limbs, shifted);
-  const TileKernel two = tile_kernel<Lanes16, 2>(plan.limbs, shifted);
-  const TileKernel half = tile_kernel<Lanes8, 1>(plan.limbs, shifted);
-
-  for (int64_t m0 = 0; m0 < x.rows; m0 += kInputBlock) {
-    const int64_t inputs = std::min(kInputBlock, x.rows - m0);
-    const int64_t panels = tiles_units(inputs);
-    for (int64_t n = begin; n < end; n += tile.max_rows) {
-      tile.rows = std::min(tile.max_rows, end - n);
-      std::memset(sums, 0, static_cast<size_t>(panels * sums_stride) * sizeof(float));
-      for (int64_t k = 0; k < w.in_features; k += tile.stride) {
-        tile.depth = std::min(tile.stride, w.in_features - k);
-        load_tile(w, plan.span, n, k, tile);
-        for (int64_t p = 0; p < panels;) {
-          const int64_t left = inputs - p * kPanel;
-          const int64_t lanes = panel_lanes(left);
-          const char* in = static_cast<const char*>(scratch) + (m0 / kPanel + p) * plan.unit_bytes +
-                           k / plan.span * span_bytes(plan.limbs, plan.span, lanes);
-          const bool pair = panels_at_once == 2 && left > kPanel + 8;
-          const TileKernel kernel = lanes == 8 ? half : pair ? two : one;
-          kernel(tile, plan.span, in, plan.unit_bytes, sums + p * sums_stride, sums_stride);
-          p += pair ? 2 : 1;
-        }
-      }
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t left = inputs - p * kPanel;
-        store_panel(sums + p * sums_stride, panel_lanes(left), std::min(kPanel, left), tile.rows,
-                    bias, n, m0 + p * kPanel, out);
-      }
-    }
-  }
+  const auto multiply =
+      x.rows <= kFewInputs ? multiply_tiles<Tile<kLong>> : multiply_tiles<Tile<kTall>>;
+  multiply(plan, w, x, scratch, bias, begin, end, out);
 }
 
 }  // namespace mkrs::cpu::vnni

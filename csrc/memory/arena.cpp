@@ -20,26 +20,56 @@ int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-void* map_pages(int64_t bytes) {
-  // Huge pages need an aligned start: map a huge page more than needed and cut the ends off.
-  const bool huge = bytes >= kHugePage;
-  const int64_t length = huge ? bytes + kHugePage : bytes;
-  void* found = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+void advise_huge(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  // An advice: kernels without huge pages refuse it and nothing is lost.
+  madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+}
+
+// Pages from the start of a huge page on, or nullptr.
+char* map_aligned(int64_t bytes, int protection) {
+  // Map a huge page more than needed and cut the ends off.
+  const int64_t length = bytes + kHugePage;
+  void* found = mmap(nullptr, length, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (found == MAP_FAILED) return nullptr;
-  if (!huge) return found;
   char* begin = static_cast<char*>(found);
   char* data = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(begin), kHugePage));
   char* end = begin + length;
   if (data > begin) munmap(begin, data - begin);
   if (end > data + bytes) munmap(data + bytes, end - (data + bytes));
-#ifdef MADV_HUGEPAGE
-  // An advice: kernels without huge pages refuse it and nothing is lost.
-  madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+  advise_huge(data, bytes);
   return data;
 }
 
 }  // namespace
+
+PageSource::~PageSource() {
+  if (next_ < end_) munmap(next_, end_ - next_);
+}
+
+char* PageSource::take(int64_t bytes) {
+  const int protection = PROT_READ | PROT_WRITE;
+  if (bytes >= kPackedBytes) return map_aligned(bytes, protection);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (end_ - next_ < bytes) {
+    if (next_ < end_) munmap(next_, end_ - next_);
+    // Without access it counts against no limit but that of the address space.
+    next_ = ready_ = map_aligned(kReserved, PROT_NONE);
+    end_ = next_ == nullptr ? nullptr : next_ + kReserved;
+    if (next_ == nullptr) return map_aligned(bytes, protection);
+  }
+  // Up to a huge page's end: a part of one would be faulted in small pages.
+  char* wanted = next_ + bytes;
+  if (wanted > ready_) {
+    char* ready = ready_ + round_up(wanted - ready_, kHugePage);
+    if (mprotect(ready_, ready - ready_, protection) != 0) return nullptr;
+    ready_ = ready;
+  }
+  char* data = next_;
+  next_ = wanted;
+  return data;
+}
 
 void retain(Block* block) {
   block->refs.fetch_add(1, std::memory_order_relaxed);
@@ -85,19 +115,9 @@ Block* Arena::acquire(int64_t bytes) {
       stats_.active += block->size;
       ++stats_.hits;
     } else {
-      if (budget_ >= 0 && stats_.active + size > budget_) {
-        throw OverBudget("needs " + std::to_string(size) + " bytes more than the " +
-                         std::to_string(stats_.active) + " in use, and the budget is " +
-                         std::to_string(budget_) + " bytes");
-      }
-      if (budget_ >= 0) evicted = evict(budget_ - stats_.active - size);
-      stats_.active += size;
+      evicted = charge(size);
     }
-    stats_.peak = std::max(stats_.peak, stats_.active);
-    stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.active + stats_.cached);
-    stats_.requested += bytes;
-    ++stats_.allocations;
-    ++stats_.live;
+    count(bytes);
   }
   for (Block* old : evicted) destroy(old);
   if (block == nullptr) {
@@ -122,6 +142,45 @@ Block* Arena::acquire(int64_t bytes) {
   return block;
 }
 
+Block* Arena::borrow(char* data, int64_t bytes, int64_t size, std::function<void()> done) {
+  std::vector<Block*> evicted;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_) throw std::runtime_error("the arena must be open, got a closed one");
+    evicted = charge(size);
+    count(bytes);
+  }
+  for (Block* old : evicted) destroy(old);
+  Block* block = new Block;
+  block->data = data;
+  block->size = size;
+  block->requested = bytes;
+  block->refs.store(1, std::memory_order_relaxed);
+  block->arena = shared_from_this();
+  block->done = std::move(done);
+  return block;
+}
+
+std::vector<Block*> Arena::charge(int64_t size) {
+  if (budget_ >= 0 && stats_.active + size > budget_) {
+    throw OverBudget("needs " + std::to_string(size) + " bytes more than the " +
+                     std::to_string(stats_.active) + " in use, and the budget is " +
+                     std::to_string(budget_) + " bytes");
+  }
+  std::vector<Block*> evicted;
+  if (budget_ >= 0) evicted = evict(budget_ - stats_.active - size);
+  stats_.active += size;
+  return evicted;
+}
+
+void Arena::count(int64_t bytes) {
+  stats_.peak = std::max(stats_.peak, stats_.active);
+  stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.active + stats_.cached);
+  stats_.requested += bytes;
+  ++stats_.allocations;
+  ++stats_.live;
+}
+
 void Arena::give_back(Block* block) {
   std::vector<Block*> evicted;
   {
@@ -129,7 +188,7 @@ void Arena::give_back(Block* block) {
     stats_.active -= block->size;
     stats_.requested -= block->requested;
     --stats_.live;
-    if (closed_ || strategy_ == Strategy::None) {
+    if (closed_ || strategy_ == Strategy::None || block->done) {
       evicted.push_back(block);
     } else {
       age_.push_back({block, {}});
@@ -183,7 +242,7 @@ Stats Arena::stats() const {
 void Arena::allocate(Block* block) {
   block->mapped = block->size >= kMapBytes;
   if (block->mapped) {
-    block->data = static_cast<char*>(map_pages(block->size));
+    block->data = pages_.take(block->size);
     return;
   }
   const int64_t alignment = block->size >= page_size() ? page_size() : kAlignment;
@@ -192,7 +251,9 @@ void Arena::allocate(Block* block) {
 }
 
 void Arena::destroy(Block* block) {
-  if (block->mapped) {
+  if (block->done) {
+    block->done();
+  } else if (block->mapped) {
     munmap(block->data, block->size);
   } else {
     std::free(block->data);

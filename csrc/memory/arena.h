@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
@@ -20,6 +21,8 @@ namespace mkrs::memory {
 constexpr int64_t kAlignment = 64;           // one cache line, the widest vector load
 constexpr int64_t kHugePage = 2 << 20;       // x86-64 and the default of arm64 Linux
 constexpr int64_t kMapBytes = 1 << 20;       // from here on blocks are mappings of their own
+constexpr int64_t kPackedBytes = 64 << 20;   // up to here mappings lie one after the other
+constexpr int64_t kReserved = 1 << 30;       // address space that these are cut from
 constexpr int64_t kMinFrameChunk = 1 << 16;  // a frame's first piece
 
 enum class Strategy {
@@ -53,10 +56,32 @@ struct Block {
   bool mapped = false;    // a mapping, else from posix_memalign
   std::atomic<int64_t> refs{0};
   std::shared_ptr<Arena> arena;  // set while in use: a block keeps its arena
+  std::function<void()> done;    // of a block over somebody else's memory: gives that back
 };
 
 void retain(Block* block);
 void release(Block* block);
+
+// Pages from the system, for the caller to munmap(). Neighbours share the huge page that one ends
+// and the next begins in: a block of 7 MiB alone would take its last 1 MiB in pages of 4 KiB, and
+// their faults cost a quarter of what reading the block costs. Of a huge page that is unmapped in
+// part, the system takes the rest back when it needs memory.
+class PageSource {
+ public:
+  PageSource() = default;
+  ~PageSource();
+  PageSource(const PageSource&) = delete;
+  PageSource& operator=(const PageSource&) = delete;
+
+  // `bytes` of whole pages, or nullptr.
+  char* take(int64_t bytes);
+
+ private:
+  std::mutex mutex_;
+  char* next_ = nullptr;   // not handed out yet
+  char* ready_ = nullptr;  // accessible up to here
+  char* end_ = nullptr;    // of the reserved addresses
+};
 
 class Arena : public std::enable_shared_from_this<Arena> {
  public:
@@ -69,6 +94,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   // A block of at least `bytes` with one reference. Throws OverBudget, std::bad_alloc.
   Block* acquire(int64_t bytes);
+  // A block over memory that is not the arena's, charged to the budget with `charge` bytes until
+  // its last reference goes; then `done` is called. Throws OverBudget.
+  Block* borrow(char* data, int64_t bytes, int64_t charge, std::function<void()> done);
   // Unmap cached blocks, oldest first, until at most `keep` bytes are cached; bytes unmapped.
   int64_t trim(int64_t keep);
   // No block is handed out any more and none is kept; blocks in use live on until released.
@@ -91,15 +119,20 @@ class Arena : public std::enable_shared_from_this<Arena> {
   using Age = std::list<Cached>;
 
   void give_back(Block* block);
+  // Books a block of `size` bytes that does not come from the pool; the lock is held. Returns the
+  // cached blocks that must go for it. Throws OverBudget.
+  std::vector<Block*> charge(int64_t size);
+  void count(int64_t bytes);
   // The oldest cached blocks beyond `keep` bytes, taken out of the books; the lock is held.
   std::vector<Block*> evict(int64_t keep);
-  static void allocate(Block* block);
+  void allocate(Block* block);
   static void destroy(Block* block);
 
   const int64_t budget_;
   const Strategy strategy_;
   const int64_t max_cached_;
   mutable std::mutex mutex_;
+  PageSource pages_;
   Age age_;  // cached blocks, oldest first
   std::multimap<int64_t, Age::iterator> by_size_;
   Stats stats_;

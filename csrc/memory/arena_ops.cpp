@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "memory/handles.h"
+#include "memory/pages.h"
 
 namespace mkrs::memory {
 namespace {
@@ -67,12 +68,14 @@ int64_t item_size(const char* op, ScalarType dtype) {
   }
 }
 
+constexpr int64_t kMaxBytes = int64_t{1} << 60;  // sums of a few must not overflow
+
 int64_t checked_bytes(const char* op, const std::vector<int64_t>& size, ScalarType dtype) {
   int64_t bytes = item_size(op, dtype);
   for (const int64_t n : size) {
     MKRS_CHECK(n >= 0, op, "sizes must not be negative, got ", n);
-    MKRS_CHECK(!__builtin_mul_overflow(bytes, n, &bytes), op,
-               "the size in bytes must fit in 63 bits, got more");
+    MKRS_CHECK(!__builtin_mul_overflow(bytes, n, &bytes) && bytes < kMaxBytes, op,
+               "the size must be less than 2**60 bytes, got more");
   }
   return bytes;
 }
@@ -167,8 +170,24 @@ void arena_frame_close(int64_t frame) {
 int64_t arena_block(int64_t arena, int64_t bytes) {
   const char* op = "arena_empty";
   MKRS_CHECK(bytes >= 0, op, "sizes must not be negative, got ", bytes);
+  MKRS_CHECK(bytes < kMaxBytes, op, "the size must be less than 2**60 bytes, got ", bytes);
   const auto owner = arenas().get(op, arena);
   Block* block = guarded(op, [&] { return owner->acquire(bytes); });
+  return blocks().add(std::make_shared<HeldBlock>(block));
+}
+
+// A block over a tensor's bytes, which are pages of a map that can be read again.
+int64_t arena_block_over(int64_t arena, Tensor view, int64_t charge) {
+  const char* op = "arena_empty";
+  MKRS_CHECK(view.is_cpu() && view.scalar_type() == ScalarType::Byte && view.is_contiguous(), op,
+             "the view must be contiguous uint8 on the cpu, got another");
+  MKRS_CHECK(charge >= 0 && charge < kMaxBytes, op, "the charge must be a size, got ", charge);
+  const auto owner = arenas().get(op, arena);
+  char* data = static_cast<char*>(view.mutable_data_ptr());
+  const int64_t bytes = view.numel();
+  Block* block = guarded(op, [&] {
+    return owner->borrow(data, bytes, charge, [view, data, bytes] { drop_pages(data, bytes); });
+  });
   return blocks().add(std::make_shared<HeldBlock>(block));
 }
 
@@ -177,9 +196,10 @@ Tensor arena_block_tensor(int64_t handle, int64_t offset, std::vector<int64_t> s
   const char* op = "arena_block_tensor";
   const auto held = blocks().get(op, handle);
   const int64_t bytes = checked_bytes(op, size, dtype);
-  MKRS_CHECK(offset >= 0 && offset <= held->block->size && bytes <= held->block->size - offset, op,
-             "the tensor must lie in the block of ", held->block->size, " bytes, got ", bytes,
-             " bytes at ", offset);
+  const int64_t usable = held->block->done ? held->block->requested : held->block->size;
+  MKRS_CHECK(offset >= 0 && offset <= usable && bytes <= usable - offset, op,
+             "the tensor must lie in the block of ", usable, " bytes, got ", bytes, " bytes at ",
+             offset);
   retain(held->block);
   return tensor_over(held->block, held->block->data + offset, size, dtype);
 }
@@ -213,6 +233,7 @@ STABLE_TORCH_LIBRARY_IMPL(mkrs, CompositeExplicitAutograd, m) {
   m.impl("_arena_frame_empty", TORCH_BOX(&arena_frame_empty));
   m.impl("_arena_frame_close", TORCH_BOX(&arena_frame_close));
   m.impl("_arena_block", TORCH_BOX(&arena_block));
+  m.impl("_arena_block_over", TORCH_BOX(&arena_block_over));
   m.impl("_arena_block_tensor", TORCH_BOX(&arena_block_tensor));
   m.impl("_arena_block_tensors", TORCH_BOX(&arena_block_tensors));
   m.impl("_arena_block_size", TORCH_BOX(&arena_block_size));

@@ -14,12 +14,13 @@
 #include <vector>
 
 #include "checks.h"
+#include "memory/pages.h"
 
 namespace mkrs::memory {
 namespace {
 
 // One pread() call. Large enough that the call is nothing, small enough to balance threads.
-constexpr int64_t kPieceBytes = 4 << 20;
+constexpr int64_t kPieceBytes = 1 << 20;
 
 struct Rows {
   int fd;
@@ -111,9 +112,16 @@ std::tuple<int64_t, int64_t> read_file(Tensor out, int64_t fd, int64_t offset, i
   return {first.error, first.position};
 }
 
+bool map_resident_pages(Tensor view) {
+  MKRS_CHECK(view.scalar_type() == ScalarType::Byte && view.is_contiguous(), "map_resident_pages",
+             "the view must be contiguous uint8, got another");
+  return map_resident(static_cast<char*>(view.mutable_data_ptr()), view.numel());
+}
+
 }  // namespace
 }  // namespace mkrs::memory
 
 STABLE_TORCH_LIBRARY_IMPL(mkrs, CPU, m) {
   m.impl("_read_file", TORCH_BOX(&mkrs::memory::read_file));
+  m.impl("_map_resident_pages", TORCH_BOX(&mkrs::memory::map_resident_pages));
 }

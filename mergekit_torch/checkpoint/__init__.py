@@ -8,7 +8,8 @@ from .convert import ConvertedCheckpoint, convert_gguf
 from .errors import CheckpointError
 from .gguf_names import gguf_to_hf_name, hf_config, hf_to_gguf_name
 from .info import QuantInfo, TensorInfo
-from .reader import Checkpoint, TensorSlice, open_checkpoint
+from .opening import open_checkpoint
+from .reader import Checkpoint, TensorSlice
 from .save import ShardedWriter, save_checkpoint
 from .writer import CheckpointWriter, TensorSpec
 

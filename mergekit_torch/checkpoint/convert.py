@@ -20,7 +20,8 @@ from .gguf_names import (
     rope_row_order,
 )
 from .info import TensorInfo
-from .reader import Checkpoint, open_checkpoint
+from .opening import open_checkpoint
+from .reader import Checkpoint
 from .save import save_checkpoint
 from .writer import TensorSpec
 

@@ -120,23 +120,26 @@ class MappedFile:
         """The whole file, mapped at the first call."""
         self.check()
         if self._map is None:
-            fd = self._open()
-            try:
-                status = os.fstat(fd)
-                if _identity(status) != self.identity:
-                    raise self._changed(status)
-                if sys.platform == "win32":
-                    self._map = mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY)
-                else:
-                    self._map = mmap.mmap(
-                        fd,
-                        self.size,
-                        flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    )
-            finally:
-                os.close(fd)
+            self._map = self.new_map()
         return self._map
+
+    def new_map(self) -> mmap.mmap:
+        """A map of the whole file that is the caller's alone."""
+        fd = self._open()
+        try:
+            status = os.fstat(fd)
+            if _identity(status) != self.identity:
+                raise self._changed(status)
+            if sys.platform == "win32":
+                return mmap.mmap(fd, self.size, access=mmap.ACCESS_COPY)
+            return mmap.mmap(
+                fd,
+                self.size,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        finally:
+            os.close(fd)
 
     def view(self, offset: int, count: int) -> Tensor:
         """``count`` bytes at ``offset`` as a uint8 tensor with a storage of its own.

@@ -37,14 +37,14 @@ class ReadMemory:
         Raises:
             MemoryError: the system has no memory left.
         """
-        if not self.close.alive:  # closed while another thread reads
-            return torch.empty(tuple(size), dtype=dtype)
         try:
             tensor: Tensor = torch.ops.mkrs._arena_empty(self._handle, list(size), dtype)
         except RuntimeError as error:
             if "out of memory" in str(error):
                 raise MemoryError(f"cannot read {list(size)} of {dtype}: {error}") from None
-            raise
+            if self.close.alive:
+                raise
+            return torch.empty(tuple(size), dtype=dtype)  # closed while another thread reads
         return tensor
 
 

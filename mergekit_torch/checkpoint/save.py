@@ -19,6 +19,9 @@ from .writer import CheckpointWriter, TensorSpec, _sync_directory, parse_size, s
 
 __all__ = ["ShardedWriter", "save_checkpoint"]
 
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
 
 def save_checkpoint(
     tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
@@ -51,8 +54,10 @@ def save_checkpoint(
         ValueError: sharding into a file, a size that cannot be, specs that the tensors do not
             match.
         OSError: a write failed. All files are written under temporary names and renamed at the end,
-            so the old checkpoint is intact then. A directory's old weight files that are not part
-            of the new checkpoint are removed last.
+            the index last, so the old checkpoint is intact then, and after a kill at any moment
+            the directory holds the old one or the complete new one. A directory's old weight files
+            are removed after that. A set of shards that replaces one of as many has other names
+            (``model.1-0000i-of-0000N.safetensors``); the index has them.
     """
     if not isinstance(tensors, Mapping) and specs is None:
         tensors = dict(tensors)
@@ -100,6 +105,7 @@ class ShardedWriter:
         self.writers: dict[str, CheckpointWriter] = {}
         self.written: list[Path] = []
         self.specs = specs
+        self._partial = partial
         self.files: list[CheckpointWriter] = []
         self._made: Path | None = None
         self._directory: Path | None = None
@@ -113,10 +119,8 @@ class ShardedWriter:
                 target.mkdir(parents=True)
                 self._made = target
             self._directory = Path(os.path.realpath(target))
-            for number, shard in enumerate(shards, 1):
-                name = "model.safetensors"
-                if len(shards) > 1:
-                    name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            names = _names(len(shards), _indexed(self._directory / _INDEX))
+            for name, shard in zip(names, shards, strict=True):
                 self._add(self._directory / name, shard, strings, partial)
                 for tensor_name, spec in shard.items():
                     self._weight_map.update(dict.fromkeys(spec.stored(tensor_name), name))
@@ -149,27 +153,33 @@ class ShardedWriter:
             self.written = [self.files[0].path]
             return
         directory = self._directory
-        index_path = directory / "model.safetensors.index.json"
-        stale = _old_files(directory, index_path)
+        index_path = directory / _INDEX
+        # The index rules: until it changes, the old checkpoint is there, afterwards the new one.
+        # New shards have names that the old index does not have, see _names().
+        stale = {directory / name for name in _indexed(index_path)} | {directory / _SINGLE}
         for writer in self.files:
             writer._finish()
-        sharded = len(self.files) > 1
+        paths = [writer.path for writer in self.files]
+        sharded = paths != [directory / _SINGLE]
         with contextlib.ExitStack() as stack:
-            index = directory / f".{index_path.name}.{secrets.token_hex(6)}.tmp"
+            suffix = "partial" if self._partial else f"{secrets.token_hex(6)}.tmp"
+            index = directory / f".{_INDEX}.{suffix}"
             if sharded:
                 stack.callback(index.unlink, missing_ok=True)
                 self._write_index(index)
-            # From here on only renames. Without its index an old set of shards reads as incomplete,
-            # never as a mixture of old and new.
-            index_path.unlink(missing_ok=True)
             for writer in self.files:
                 writer._rename(writer.path)
+                if sharded:
+                    stack.callback(writer.path.unlink, missing_ok=True)
             if sharded:
                 os.replace(index, index_path)
-        self.written = [writer.path for writer in self.files] + [index_path] * sharded
-        for old in stale - set(self.written):
-            old.unlink(missing_ok=True)
+            else:
+                index_path.unlink(missing_ok=True)
+            stack.pop_all()  # all is in place
         _sync_directory(directory)
+        self.written = [*paths, index_path] if sharded else paths
+        for old in stale - set(paths):
+            old.unlink(missing_ok=True)
 
     def _write_index(self, path: Path) -> None:
         total = sum(spec.nbytes for spec in self.specs.values())
@@ -248,13 +258,29 @@ def _plan(specs: Mapping[str, TensorSpec], limit: int | None) -> list[dict[str, 
     return shards
 
 
-def _old_files(directory: Path, index_path: Path) -> set[Path]:
-    """Weight files of the checkpoint that is being replaced."""
-    old = {directory / "model.safetensors"}
+def _names(count: int, taken: set[str]) -> list[str]:
+    """Names of a set's files, none of which an index that is in force has.
+
+    Hugging Face's names, except where a set replaces one of as many shards: then
+    ``model.1-0000i-of-0000N``, and the usual ones the next time.
+    """
+    generation = 0
+    while True:
+        stem = f"model.{generation}" if generation else "model"
+        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        if count == 1 and not generation:
+            names = [_SINGLE]
+        if taken.isdisjoint(names):
+            return names
+        generation += 1
+
+
+def _indexed(index_path: Path) -> set[str]:
+    """The files that an index in force refers to."""
     try:
         text = index_path.read_text(encoding="utf-8")
     except OSError:
-        return old
+        return set()
 
     def fail(what: str) -> NoReturn:
         raise CheckpointError(f"{index_path}: {what}")
@@ -262,9 +288,9 @@ def _old_files(directory: Path, index_path: Path) -> set[Path]:
     try:
         names = set(load_json(text, fail)["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        return old  # not an index; leave alone what it may mean
-    return old | {
-        directory / name
+        return set()  # not an index; leave alone what it may mean
+    return {
+        name
         for name in names
         if isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
     }

@@ -1,6 +1,7 @@
 """What the commands share: sizes, tables, progress bars, safe copies of side files."""
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,38 @@ def rewrite(
         )
 
 
+def in_torchrun() -> bool:
+    """Whether this is one of several processes that ``torchrun`` has started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rewrite_by_ranks(
+    args: argparse.Namespace,
+    source: Checkpoint | ConvertedCheckpoint,
+    specs: Mapping[str, TensorSpec],
+    description: str,
+) -> bool:
+    """:func:`rewrite` by all processes of a ``torchrun`` job; whether this is the first one."""
+    # torch.distributed takes a second to import.
+    from ..parallel.convert import connect, plan_work, rewrite_on_ranks
+
+    rank, world = connect()
+    plan = plan_work(source, specs, world, args.out_shard_size)
+    own = [plan.files[name] for name, owner in plan.owners.items() if owner == rank]
+    total = sum(source.info(name).nbytes for part in own for name in part)
+    with progress_bar(total if rank == 0 else 0, description) as bar:
+        rewrite_on_ranks(
+            source,
+            args.target,
+            specs,
+            plan,
+            budget=args.budget,
+            resume=args.resume,
+            progress=bar.update if rank == 0 else None,
+        )
+    return rank == 0
+
+
 def check_output(path: Path, force: bool) -> None:
     """Refuse to overwrite a checkpoint unless told to.
 
@@ -137,6 +170,9 @@ def check_output(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} already holds a checkpoint; give --force to replace it")
 
 
+MANIFEST = "shards.json"
+"""What says which weights are in which file of ``mkrs shard``."""
+
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "merges.txt", "LICENSE*")
 
 
@@ -147,7 +183,8 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     copied = []
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and not path.name.endswith(".index.json") and path.name not in copied:
+            weights = path.name.endswith(".index.json") or path.name == MANIFEST
+            if path.is_file() and not weights and path.name not in copied:
                 shutil.copyfile(path, target / path.name)
                 copied.append(path.name)
     return copied

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import convert, demo, dequantize, doctor, generate, inspect, quantize
+from . import convert, demo, dequantize, doctor, generate, inspect, quantize, shard
 from .common import Formatter
 
-COMMANDS = (inspect, convert, quantize, dequantize, generate, demo, doctor)
+COMMANDS = (inspect, convert, quantize, dequantize, shard, generate, demo, doctor)
 
 # What bad input, a full disk or a missing package raise. Anything else is a bug and says so.
 USER_ERRORS = (

@@ -24,7 +24,9 @@ from .common import (
     add_rewrite_arguments,
     check_output,
     copy_side_files,
+    in_torchrun,
     rewrite,
+    rewrite_by_ranks,
     size_text,
     table,
 )
@@ -44,11 +46,13 @@ mkrs quantize llama-1b llama-1b-4bit
 mkrs quantize model.safetensors model-8bit.safetensors --q-bits 8 --q-group-size 32
 mkrs quantize llama-1b out --override '*.down_proj=bits=8' --skip 'lm_head'
 mkrs quantize llama-70b out --out-shard-size 5GB --budget 512MiB --resume
+torchrun --nproc-per-node 4 -m mergekit_torch.cli quantize llama-70b out
 """,
         details=(
             "Every float tensor of two dimensions named *.weight (linear and embedding layers) is\n"
             "rounded to nearest in groups; all others are kept as they are. Globs match the name\n"
-            "without .weight. Memory stays within --budget, whatever the size of the checkpoint."
+            "without .weight. Memory stays within --budget, whatever the size of the checkpoint.\n"
+            "Under torchrun every process quantizes its share (the budget is for each)."
         ),
     )
     parser.add_argument("source", type=Path, help="float checkpoint: file, index.json or directory")
@@ -200,7 +204,11 @@ def run(args: argparse.Namespace) -> int:
         specs = plan(checkpoint, config)
         before = checkpoint.nbytes
         after = sum(spec.nbytes for spec in specs.values())
-        rewrite(args, checkpoint, specs, "quantizing")
+        if in_torchrun():
+            if not rewrite_by_ranks(args, checkpoint, specs, "quantizing"):
+                return 0  # rank 0 does the rest
+        else:
+            rewrite(args, checkpoint, specs, "quantizing")
         report = summary(checkpoint, specs)
     if args.target.is_dir():
         copy_side_files(args.source, args.target)

@@ -345,6 +345,7 @@ def unique_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
     modules = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedModule)]
     modules.sort(key=lambda item: item[0] in targets)
     for name, module in modules:
+        module._require_whole(name, "save the model's state_dict by torch.distributed.checkpoint")
         if id(module.weight_codes) not in seen:
             seen.add(id(module.weight_codes))
             result[f"{name}.weight"] = module.weight

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, get_args
@@ -141,13 +141,16 @@ class Arena:
         if backend == "native" and self.device.type != "cpu":
             raise ValueError(f"backend 'native' allocates on the cpu, got device {self.device}")
         self.strategy = strategy
-        self._frames = threading.local()
+        self._frames = _Frames()
         self._closed = False
         cached = None if max_cached is None else (0 if max_cached == 0 else parse_size(max_cached))
         if backend == "torch" or self.device.type != "cpu":
             self._backend: _NativeBackend | TorchBackend = TorchBackend(self.device, self.budget)
         else:
             self._backend = _NativeBackend(self.budget, strategy, cached)
+        # The native op makes these checks itself.
+        native = isinstance(self._backend, _NativeBackend)
+        self._empty: Callable[..., Tensor] = self._backend.empty if native else self._checked_empty
 
     def __repr__(self) -> str:
         budget = "no limit" if self.budget is None else f"{self.budget} bytes"
@@ -165,15 +168,24 @@ class Arena:
             MemoryError: the system has no memory left.
             ValueError: a negative size, a closed arena, or a ``"bump"`` arena without a frame.
         """
-        sizes = _sizes(size)
-        self._check_open()
-        frames = getattr(self._frames, "stack", None)
-        if not frames and self.strategy == "bump":
-            raise ValueError("a 'bump' arena allocates inside `with arena.frame()` only")
+        # Every microsecond counts here; what the op checks is not checked before.
+        if len(size) == 1 and not isinstance(size[0], int):
+            size = tuple(size[0])
+        frames = self._frames.stack
         try:
-            return (frames[-1] if frames else self._backend).empty(sizes, dtype)
+            if not frames:
+                return self._empty(size, dtype)
+            self._check_open()
+            return frames[-1].empty(size, dtype)  # type: ignore[arg-type]
         except RuntimeError as error:
-            raise _translated(error) from None
+            self._check_open()
+            raise _translated(error, size) from None
+
+    def _checked_empty(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._check_open()
+        if self.strategy == "bump":
+            raise ValueError("a 'bump' arena allocates inside `with arena.frame()` only")
+        return self._backend.empty(size, dtype)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """An uninitialized contiguous tensor of the size and dtype of ``tensor``."""
@@ -191,7 +203,27 @@ class Arena:
         try:
             return self._backend.block(nbytes)
         except RuntimeError as error:
-            raise _translated(error) from None
+            raise _translated(error, nbytes) from None
+
+    def block_over(self, view: Tensor, charge: int) -> Block:
+        """A block over bytes of a file's map, which takes ``charge`` bytes of the budget.
+
+        When the last tensor over it is gone, its pages are dropped from this process's memory; the
+        map must be one that nobody writes into. On the CPU's native backend only.
+
+        Args:
+            view: uint8.
+            charge: bytes.
+
+        Raises:
+            BudgetError, ValueError: as :meth:`empty`.
+        """
+        assert isinstance(self._backend, _NativeBackend)
+        self._check_open()
+        try:
+            return self._backend.block_over(view, charge)
+        except RuntimeError as error:
+            raise _translated(error, charge) from None
 
     @contextlib.contextmanager
     def frame(self, size: int | str | None = None) -> Iterator[None]:
@@ -205,9 +237,7 @@ class Arena:
         """
         self._check_open()
         hint = 0 if size is None else parse_size(size)
-        if not hasattr(self._frames, "stack"):
-            self._frames.stack = []
-        stack: list[Frame] = self._frames.stack
+        stack = self._frames.stack
         frame = self._backend.frame(hint)
         stack.append(frame)
         try:
@@ -250,14 +280,25 @@ class Arena:
             raise ValueError("the arena must be open, got a closed one")
 
 
-def _translated(error: RuntimeError) -> Exception:
+class _Frames(threading.local):
+    """The open frames of a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Frame] = []
+
+
+def _translated(error: RuntimeError, size: object) -> Exception:
     """The native arena's errors as the exceptions that Arena promises."""
     message = str(error)
     if "mkrs::arena_empty: over budget: " in message:
         return BudgetError(message.split("over budget: ", 1)[1])
     if "mkrs::arena_empty: out of memory" in message:
         return MemoryError(message)
-    return ValueError(message) if message.startswith("mkrs::arena") else error
+    if "mkrs::arena" in message:
+        return ValueError(message[message.index("mkrs::arena") :])
+    if "Expected a value of type" in message:
+        return TypeError(f"sizes must be integers and dtype a torch.dtype, got {size}")
+    return error
 
 
 class _NativeBackend:
@@ -271,12 +312,16 @@ class _NativeBackend:
         # An arena that is simply dropped lets go of its pool as well.
         self._finalizer = weakref.finalize(self, torch.ops.mkrs._arena_close, self._handle)
 
-    def empty(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-        tensor: Tensor = torch.ops.mkrs._arena_empty(self._handle, size, dtype)
-        return tensor
+        #: ``empty(size, dtype)``: the op itself, for it is called often.
+        self.empty: Callable[[Sequence[int], torch.dtype], Tensor] = functools.partial(
+            torch.ops.mkrs._arena_empty.default, self._handle
+        )
 
     def block(self, nbytes: int) -> Block:
         return _NativeBlock(torch.ops.mkrs._arena_block(self._handle, nbytes))
+
+    def block_over(self, view: Tensor, charge: int) -> Block:
+        return _NativeBlock(torch.ops.mkrs._arena_block_over(self._handle, view, charge))
 
     def frame(self, size_hint: int) -> Frame:
         return _NativeFrame(torch.ops.mkrs._arena_frame_open(self._handle, size_hint))
@@ -330,13 +375,3 @@ class _NativeBlock:
 
     def release(self) -> None:
         self._finalizer()
-
-
-def _sizes(size: tuple[int | Sequence[int], ...]) -> list[int]:
-    given = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    sizes = [int(n) for n in given]  # type: ignore[arg-type]
-    if any(n < 0 for n in sizes):
-        raise ValueError(f"sizes must not be negative, got {sizes}")
-    if math.prod(max(n, 1) for n in sizes) >= 2**60:
-        raise ValueError(f"sizes must describe less than 2**60 elements, got {sizes}")
-    return sizes

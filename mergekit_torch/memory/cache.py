@@ -19,8 +19,11 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.pread import READ_THREADS
 from ..checkpoint.rows import read_rows, row_count, row_layout
+from ..checkpoint.writer import parse_size
 from ..tensor import QuantizedTensor
 from .arena import Arena, Block, BudgetError
+from .upload import Target, Uploader
+from .views import FileViews
 
 __all__ = ["CacheStats", "TensorCache"]
 
@@ -74,6 +77,8 @@ class _Entry:
     users: int = 0  # requests between finding the entry and having its tensor
     pins: int = 0
     fresh: bool = False  # prefetched and not asked for yet
+    copied: torch.cuda.Event | None = None  # its copy to a GPU
+    idle: torch.cuda.Event | None = None  # the last work that used it there, if that is known
 
 
 class TensorCache:
@@ -87,8 +92,14 @@ class TensorCache:
       before and not used yet.
 
     Tensors of a checkpoint are as :class:`~mergekit_torch.checkpoint.Checkpoint` has them:
-    quantized ones are QuantizedTensors. On devices other than the CPU they are loaded through a
-    small buffer in row blocks.
+    quantized ones are QuantizedTensors. On the CPU, what is in the page cache when it is loaded is
+    not copied but mapped, if the checkpoint was opened with ``read="mmap"``; it counts like memory,
+    and its pages are dropped with it. All else is read with ``pread``.
+
+    On devices other than the CPU tensors are loaded through small buffers in row blocks; on CUDA
+    these are page-locked and copied on a stream of their own. :meth:`get` then has the current
+    stream wait for the copy, not the host. A tensor that another stream uses needs
+    ``record_stream``'s care: let go of it when that stream is done.
 
     Args:
         checkpoint: an open checkpoint; it stays the caller's to close.
@@ -96,9 +107,11 @@ class TensorCache:
         budget: most bytes, or like ``"512MiB"``.
         threads: that read one tensor at once.
         backend: as for :class:`Arena`.
+        host_budget: for CUDA: most bytes of page-locked host memory that keep what was read, so
+            that it need not be read again. None: nothing is kept.
 
     Raises:
-        ValueError: a budget that is not a size.
+        ValueError: a budget that is not a size, or a host_budget on another device.
 
     Example::
 
@@ -115,14 +128,24 @@ class TensorCache:
         *,
         threads: int = READ_THREADS,
         backend: Literal["native", "torch"] | None = None,
+        host_budget: int | str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        if host_budget is not None and self.device.type != "cuda":
+            raise ValueError(f"host_budget is for CUDA devices, got device {self.device}")
         self._arena = Arena(self.device, budget, backend=backend)
         assert self._arena.budget is not None
         #: Bytes that are never exceeded.
         self.budget: int = self._arena.budget
         self._threads = threads
+        self._views: FileViews | None = None
+        if checkpoint.read == "mmap" and self.device.type == "cpu" and backend != "torch":
+            self._views = FileViews(checkpoint)
+        self._uploader: Uploader | None = None
+        if self.device.type == "cuda":
+            kept = 0 if host_budget is None else parse_size(host_budget)
+            self._uploader = Uploader(self.device, kept)
         self._condition = threading.Condition(threading.RLock())
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._layouts: dict[str, dict[str, _Part]] = {}
@@ -151,6 +174,9 @@ class TensorCache:
         """
         entry = self._use(name)
         try:
+            if self._uploader is not None:
+                entry.idle = None
+                self._uploader.use(entry.copied)
             return self._tensor(entry)
         finally:
             with self._condition:
@@ -214,9 +240,21 @@ class TensorCache:
                 self._worker.start()
             self._condition.notify_all()
 
-    def notify(self) -> None:
-        """Tell a waiting prefetch that tensors have been let go of; it looks by itself as well."""
+    def notify(self, names: Iterable[str] = ()) -> None:
+        """Tell a waiting prefetch that tensors have been let go of; it looks by itself as well.
+
+        Args:
+            names: of them. On a GPU their memory can then be used again when what the current
+                stream was given so far is done, instead of all that it will have been given by
+                then.
+        """
         with self._condition:
+            if self._uploader is not None:
+                mark = None
+                for name in names:
+                    entry = self._entries.get(name)
+                    if entry is not None and self._evictable(entry):
+                        entry.idle = mark = mark or self._uploader.mark()
             self._condition.notify_all()
 
     def nbytes(self, name: str) -> int:
@@ -273,9 +311,15 @@ class TensorCache:
         with self._condition:
             for entry in self._entries.values():
                 if entry.block is not None:
+                    if self._uploader is not None:
+                        self._uploader.leave(entry.block.tensor(0, (0,), torch.uint8))
                     entry.block.release()
             self._entries.clear()
             self._arena.close()
+        if self._views is not None:
+            self._views.close()
+        if self._uploader is not None:
+            self._uploader.close()
 
     def __enter__(self) -> TensorCache:
         return self
@@ -328,10 +372,15 @@ class TensorCache:
         """Fill an entry that this thread has put into the books; errors go into the entry."""
         layout = self._layout(entry.name)
         block: Block | None = None
+        views = None
         try:
-            block = self._reserve(_total(layout), entry.name, wait)
+            if self._views is not None:
+                sizes = {part: p.dtype.itemsize for part, p in layout.items()}
+                views = self._views.find(entry.name, sizes)
+            block = self._reserve(layout, entry.name, wait, views)
             try:
-                self._read(entry.name, block, layout, threads)
+                if views is None:
+                    entry.copied = self._read(entry.name, block, layout, threads)
             finally:
                 with self._condition:
                     self._loading -= 1
@@ -355,13 +404,30 @@ class TensorCache:
                 entry.ready.set()
                 self._condition.notify_all()
 
-    def _reserve(self, nbytes: int, name: str, wait: bool) -> Block:
-        """Memory for a tensor, evicting for it. Without ``wait`` prefetched tensors stay."""
+    def _reserve(
+        self,
+        layout: dict[str, _Part],
+        name: str,
+        wait: bool,
+        views: dict[str, Tensor] | None,
+    ) -> Block:
+        """Memory for a tensor, or the books for views, evicting for it.
+
+        Without ``wait`` prefetched tensors stay.
+        """
+        nbytes = _total(layout)
+        offsets = {part: p.offset for part, p in layout.items()}
         with self._condition:
             while True:
                 self._check_open()
                 try:
-                    block = self._arena.block(nbytes)
+                    block: Block
+                    if views is not None:
+                        assert self._views is not None
+                        block = self._views.block(self._arena, views, offsets, self.nbytes(name))
+                    else:
+                        with self._uploader.allocating() if self._uploader else _NOTHING:
+                            block = self._arena.block(nbytes)
                     self._loading += 1  # from here on others may wait for this load
                     return block
                 except BudgetError as error:
@@ -397,6 +463,8 @@ class TensorCache:
         del self._entries[entry.name]
         self._evictions += 1
         self._bytes_evicted += entry.block.nbytes
+        if self._uploader is not None:
+            self._uploader.before_free(entry.idle)
         entry.block.release()
         return True
 
@@ -435,17 +503,27 @@ class TensorCache:
                         self._wanted.appendleft(name)
                     self._condition.wait(0.002)
 
-    def _read(self, name: str, block: Block, layout: dict[str, _Part], threads: int) -> None:
+    def _read(
+        self, name: str, block: Block, layout: dict[str, _Part], threads: int
+    ) -> torch.cuda.Event | None:
+        """Fill a block; the event says when its copy to a GPU is done."""
         info = self.checkpoint.info(name)
         rows = row_count(info.shape)
         flat = {
             part: block.tensor(p.offset, (rows, _columns(p.shape, rows)), p.dtype)
             for part, p in layout.items()
         }
+        if self._uploader is not None:
+            return self._uploader.upload(
+                name,
+                block.tensor(0, (_total(layout),), torch.uint8),
+                {part: Target(p.offset, flat[part]) for part, p in layout.items()},
+                lambda begin, out: read_rows(self.checkpoint, name, begin, out, threads=threads),
+            )
         direct = self.device.type == "cpu" and (info.quantization is None or bool(info.parts))
         if direct:
             read_rows(self.checkpoint, name, 0, flat, threads=threads)
-            return
+            return None
         row_bytes = sum(t.shape[1] * t.element_size() for t in flat.values())
         step = max(1, _STAGING // max(1, row_bytes))
         for begin in range(0, rows, step):
@@ -456,6 +534,7 @@ class TensorCache:
             read_rows(self.checkpoint, name, begin, staging, threads=threads)
             for part, tensor in flat.items():
                 tensor[begin : begin + count].copy_(staging[part])
+        return None
 
     def _tensor(self, entry: _Entry) -> Any:
         assert entry.block is not None
@@ -492,6 +571,9 @@ class TensorCache:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the cache must be open, got a closed one")
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class _GaveWay(Exception):

@@ -166,14 +166,17 @@ class StreamedModel:
         unit.depth -= 1
         if unit.depth > 0:
             return
+        self._forget(unit)
+        _restore(unit)
+        self.cache.notify(unit.sources)
+
+    def _forget(self, unit: _Unit) -> None:
         for slot in unit.slots:
             table = unit.module._buffers if slot.buffer else unit.module._parameters
             tensor = table[slot.name]
             if isinstance(tensor, Tensor):
                 for plain in tensor_parts(tensor).values():
                     self._addresses.pop(plain.untyped_storage().data_ptr(), None)
-        _restore(unit)
-        self.cache.notify()
 
     # --- order and prefetching ------------------------------------------------------------------
 
@@ -278,6 +281,7 @@ def stream(
     budget: int | str = "1GiB",
     *,
     backend: Literal["native", "torch"] | None = None,
+    host_budget: int | str | None = None,
 ) -> StreamedModel:
     """Run ``model`` with weights that are loaded when a module runs and let go of after it.
 
@@ -301,6 +305,8 @@ def stream(
             moved there.
         budget: most bytes of weights, or like ``"512MiB"``; activations are not counted.
         backend: as for :class:`Arena`.
+        host_budget: as for :class:`TensorCache`: page-locked memory for weights on their way to a
+            CUDA device.
 
     Raises:
         KeyError: a parameter or persistent buffer that the checkpoint does not have.
@@ -312,7 +318,7 @@ def stream(
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     cache = None
     try:
-        cache = TensorCache(opened, device, budget, backend=backend)
+        cache = TensorCache(opened, device, budget, backend=backend, host_budget=host_budget)
         streamed = StreamedModel(model, cache, owns)
     except BaseException:
         if cache is not None:

@@ -33,6 +33,8 @@ class TorchBackend:
 
     def empty(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of its own storage."""
+        if any(n < 0 for n in size):
+            raise ValueError(f"sizes must not be negative, got {list(size)}")
         return self._allocate(math.prod(size) * dtype.itemsize).view(dtype).view(size)
 
     def block(self, nbytes: int) -> TorchBlock:

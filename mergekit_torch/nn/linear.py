@@ -148,10 +148,12 @@ class QuantizedLinear(QuantizedModule):
 
         A bias of another dtype is rounded to input's.
         """
+        return self._product(input, self._parameters["bias"])
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
-        bias = self._parameters["bias"]
         if bias is not None and bias.dtype is not input.dtype:
-            bias = bias.to(input.dtype)  # type: ignore[assignment]
+            bias = bias.to(input.dtype)
         args = (
             input,
             buffers["weight_codes"],

@@ -46,6 +46,8 @@ class QuantizedModule(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_offset: Tensor | None
+    part: Any = None
+    """What this process has of a weight that is split over several; None for all of it."""
 
     def _set_format(
         self,
@@ -140,6 +142,11 @@ class QuantizedModule(nn.Module):
             f"bits={self.bits}, group_size={self.group_size}, scheme={self.scheme!r}, "
             f"scale={scale}, dtype={self.dtype}"
         )
+
+    def _require_whole(self, name: str, instead: str) -> None:
+        """Raise ValueError if this is only a part of a weight."""
+        if self.part is not None:
+            raise ValueError(f"{name} holds one rank's part of a weight; {instead}")
 
     # --- torch's conversions ----------------------------------------------------------------
 

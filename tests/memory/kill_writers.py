@@ -1,6 +1,8 @@
 """Kills writers at random moments and checks what they leave: run by test_faults.py.
 
-    kill_writers.py save|resume|shards <directory> <kills> <seed>
+    kill_writers.py save|shards|reshard|unshard|resume|resume_shards <directory> <kills> <seed>
+
+``shards`` replaces a single file by four, ``reshard`` four by four, ``unshard`` four by one.
 
 Forks from one process that has imported torch, so that fifty kills take seconds.
 """
@@ -17,7 +19,7 @@ import torch
 from mergekit_torch.checkpoint import QuantInfo, TensorSpec, open_checkpoint, save_checkpoint
 from mergekit_torch.memory import convert, rewrite_checkpoint
 
-OLD = {"x": torch.arange(1000.0), "y": torch.ones(3)}
+OLD = {"x": torch.arange(1000.0), "y": torch.ones(900), "z": torch.ones(800), "u": torch.ones(700)}
 
 
 def new_tensors():
@@ -41,18 +43,20 @@ def main(mode, directory, kills, seed):
     random.seed(seed)
     source = directory / "source.safetensors"
     save_checkpoint(new_tensors(), source)
-    shards = mode == "shards"
+    resume_mode = mode.startswith("resume")
+    shards = mode not in ("save", "resume")
+    old_size = "4KB" if mode in ("reshard", "unshard", "resume_shards") else None
+    new_size = {"shards": 3 << 18, "reshard": 3 << 18, "resume_shards": 220_000}.get(mode)
     target = directory / ("out" if shards else "out.safetensors")
     reference = directory / "reference.safetensors"
 
     def write(path, resume=False):
-        if mode == "save":
-            save_checkpoint(new_tensors(), path)
-        elif shards:
-            save_checkpoint(new_tensors(), path, max_shard_size=3 << 18)
-        else:
-            with open_checkpoint(source) as checkpoint:
-                rewrite_checkpoint(checkpoint, path, specs_of(checkpoint), resume=resume)
+        if not resume_mode:
+            save_checkpoint(new_tensors(), path, max_shard_size=new_size)
+            return
+        with open_checkpoint(source) as checkpoint:
+            specs = specs_of(checkpoint)
+            rewrite_checkpoint(checkpoint, path, specs, resume=resume, max_shard_size=new_size)
 
     def child(resume=False):
         pid = os.fork()
@@ -72,21 +76,14 @@ def main(mode, directory, kills, seed):
 
     def state():
         """ "old", "new", or raises."""
-        if shards:
-            try:
-                checkpoint = open_checkpoint(target)
-            except FileNotFoundError:
-                return "incomplete"  # said so, never a mixture
-        else:
-            checkpoint = open_checkpoint(target)
-        with checkpoint:
+        with open_checkpoint(target) as checkpoint:
             expected = OLD if "x" in checkpoint else wanted
             if set(checkpoint) != set(expected):
                 raise SystemExit(f"a mixture: {sorted(checkpoint)}")
-            for name, value in checkpoint.stored_items() if mode == "resume" else ():
+            for name, value in checkpoint.stored_items() if resume_mode else ():
                 if "x" not in checkpoint and not torch.equal(value, stored[name]):
                     raise SystemExit(f"{name} differs")
-            if mode in ("save", "shards"):
+            if not resume_mode:
                 for name, value in expected.items():
                     if not torch.equal(checkpoint[name], value):
                         raise SystemExit(f"{name} differs")
@@ -94,33 +91,36 @@ def main(mode, directory, kills, seed):
 
     wanted = new_tensors()
     write(reference if not shards else directory / "reference")
-    if not shards:
-        with open_checkpoint(reference) as checkpoint:
+    if resume_mode:
+        with open_checkpoint(reference if not shards else directory / "reference") as checkpoint:
             stored = {name: tensor.clone() for name, tensor in checkpoint.stored_items()}
     started = time.perf_counter()
-    save_checkpoint(OLD, target)
+    save_checkpoint(OLD, target, max_shard_size=old_size)
     finish(child())
     usual = time.perf_counter() - started
     seen = {}
     resumed = 0
     for _ in range(kills):
-        save_checkpoint(OLD, target)
+        save_checkpoint(OLD, target, max_shard_size=old_size)
         pid = child()
         time.sleep(random.random() * usual)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         found = state()
         seen[found] = seen.get(found, 0) + 1
-        if mode == "resume" and found == "old":
-            journal = directory / f".{target.name}.journal"
+        if resume_mode and found == "old":
+            place = target if shards else directory
+            journal = place / f".{'model.safetensors' if shards else target.name}.journal"
             resumed += journal.exists() and "at" in journal.read_text()
             finish(child(resume=True))
-            if state() != "new" or target.read_bytes() != reference.read_bytes():
+            if state() != "new":
+                raise SystemExit("a resumed job did not put the new checkpoint in place")
+            if not shards and target.read_bytes() != reference.read_bytes():
                 raise SystemExit("a resumed job wrote something else")
-            if list(directory.glob(".*")):
-                raise SystemExit(f"left behind: {list(directory.glob('.*'))}")
+            if list(place.glob(".*")):
+                raise SystemExit(f"left behind: {list(place.glob('.*'))}")
     print(seen, "resumed in the middle:", resumed)
-    if mode == "resume" and kills >= 20 and not resumed:
+    if resume_mode and kills >= 20 and not resumed:
         raise SystemExit("no kill hit a job that had noted a safe point")
 
 

@@ -2,6 +2,7 @@ import gc
 import random
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,9 +39,9 @@ def path(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def checkpoint(path):
-    with open_checkpoint(path) as checkpoint:
+@pytest.fixture(params=["mmap", "pread"])
+def checkpoint(path, request):
+    with open_checkpoint(path, read=request.param) as checkpoint:
         yield checkpoint
 
 
@@ -69,6 +70,11 @@ def test_tensors_are_the_checkpoints(checkpoint, backend, budget):
             for name in NAMES:
                 same(tensors[name], SOURCE[name])
         assert tensors.stats().peak <= tensors.budget
+
+
+def test_host_budget_is_for_cuda(checkpoint):
+    with pytest.raises(ValueError, match="host_budget is for CUDA"):
+        TensorCache(checkpoint, "cpu", "1MiB", host_budget="1MiB")
 
 
 def test_counters(checkpoint):
@@ -189,6 +195,7 @@ def test_a_tensor_is_loaded_once_for_many_readers(checkpoint, monkeypatch):
         assert stats.bytes_read == tensors.nbytes("t3")
 
 
+@pytest.mark.parametrize("checkpoint", ["pread"], indirect=True)
 def test_a_failed_load_is_everybodys_and_can_be_tried_again(checkpoint, monkeypatch):
     original = cache.read_rows
 
@@ -261,10 +268,11 @@ class CacheMachine(RuleBasedStateMachine):
     """Random requests, holds, pins, prefetches and bursts of threads against a plain dictionary."""
 
     path = None
+    read = "mmap"
 
     def __init__(self):
         super().__init__()
-        self.checkpoint = open_checkpoint(self.path)
+        self.checkpoint = open_checkpoint(self.path, read=self.read)
         self.tensors = TensorCache(self.checkpoint, "cpu", BUDGET)
         self.held = []  # (what the cache gave, what it must be)
         self.pinned = []
@@ -383,12 +391,65 @@ class CacheMachine(RuleBasedStateMachine):
             same(tensor, expected)
 
 
-def test_the_cache_against_a_model(path):
+@pytest.mark.parametrize("read", ["mmap", "pread"])
+def test_the_cache_against_a_model(path, read):
     from hypothesis.stateful import run_state_machine_as_test
 
-    CacheMachine.path = path
+    CacheMachine.path, CacheMachine.read = path, read
     run_state_machine_as_test(
         CacheMachine,
         settings=settings(max_examples=60, stateful_step_count=25, deadline=None),
     )
     gc.collect()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_what_is_in_the_page_cache_is_mapped_and_dropped(tmp_path):
+    def mapped():
+        """Resident bytes of the file's maps."""
+        total, inside = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            field, _, rest = line.partition(" ")
+            if not field.endswith(":"):
+                inside = line.endswith(str(path))
+            elif inside and field == "Rss:":
+                total += int(rest.split()[0]) * 1024
+        return total
+
+    path = tmp_path / "model.safetensors"
+    source = {f"t{i}": torch.randn(1 << 20) for i in range(4)}
+    source["q"] = QuantizedTensor.from_float(torch.randn(1024, 4096))
+    save_checkpoint(source, path)
+    with open_checkpoint(path) as checkpoint, TensorCache(checkpoint, "cpu", "9MiB") as tensors:
+        for _ in range(2):
+            for name, tensor in source.items():
+                same(tensors[name], tensor)
+                assert tensors.stats().resident <= tensors.budget
+        assert mapped() > 0
+        held = tensors["t1"]
+        tensors.clear()
+        assert tensors.stats().resident == held.nbytes
+        same(held, source["t1"])
+        view = held[5:]
+        del held
+        tensors.clear()
+        same(view, source["t1"][5:])
+        del view
+        tensors.clear()
+        # The pages at a tensor's ends are its neighbours' too, and are large ones in some systems.
+        assert tensors.stats().resident == 0
+        last = tensors["q"]
+    same(last, source["q"])
+    del last
+    assert mapped() == 0
+
+
+def test_a_file_that_changes_is_noticed_before_it_is_mapped(path, tmp_path):
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(path.read_bytes())
+    with open_checkpoint(copy) as checkpoint, TensorCache(checkpoint, "cpu", "1MiB") as tensors:
+        first = tensors["t3"]
+        save_checkpoint({"t3": torch.zeros(2)}, copy)
+        same(first, SOURCE["t3"])  # of the file that was opened
+        with pytest.raises(CheckpointError, match="after it was opened"):
+            tensors["t4"]

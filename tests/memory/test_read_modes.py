@@ -1,5 +1,9 @@
+import json
+import math
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +67,7 @@ def test_a_read_tensor_is_independent(path):
     with open_checkpoint(path, read="pread") as checkpoint:
         a, b = checkpoint["large"], checkpoint["large"]
         assert a.data_ptr() != b.data_ptr()
-        assert a.data_ptr() % (2 << 20) == 0  # ready for huge pages
+        assert a.data_ptr() % 4096 == 0
         a.zero_()
         same(b, tensors()["large"])
     same(b, tensors()["large"])
@@ -222,7 +226,7 @@ def test_bad_mode(path):
 
 
 def test_auto_maps_what_does_not_fit(path, monkeypatch):
-    monkeypatch.setattr("mergekit_torch.checkpoint.reader.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("mergekit_torch.checkpoint.opening.available_memory", lambda: 1 << 20)
     with open_checkpoint(path, read="auto") as checkpoint:
         assert checkpoint.read == "mmap"
 
@@ -250,3 +254,55 @@ def test_closing_while_others_read(path):
         for thread in threads:
             thread.join()
         assert not wrong
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """A checkpoint of holes in a file system that fills a hole's page when it is read."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK):
+        pytest.skip("needs a tmpfs at /dev/shm")
+    header = {}
+    end = 0
+    for name, dtype, shape in (
+        ("x", "F32", [64, 64 << 10]),  # rows of 256 KiB
+        ("q_codes", "U8", [512, 64 << 10]),  # rows of 64 KiB
+        ("q_scale", "F32", [512, 1 << 10]),  # rows of 4 KiB
+    ):
+        size = math.prod(shape) * (4 if dtype == "F32" else 1)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    info = {"bits": 8, "group_size": 64, "scheme": "symmetric", "in_features": 64 << 10}
+    header["__metadata__"] = {
+        "mkrs.format_version": "1",
+        "mkrs.quantized": json.dumps({"q": info}),
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (4096 - 8 - len(text))  # data starts with a page
+    with tempfile.NamedTemporaryFile(dir=shm, suffix=".safetensors") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(4096 + end)
+        file.flush()
+        yield Path(file.name)
+
+
+def test_slices_of_a_map_touch_only_their_pages(sparse):
+    def pages():
+        return os.stat(sparse).st_blocks * 512 // 4096
+
+    def touched(work):
+        before = pages()
+        work()
+        return pages() - before
+
+    with open_checkpoint(sparse) as checkpoint:
+        x, q = checkpoint.get_slice("x"), checkpoint.get_slice("q")
+        if not pages() < 10:
+            pytest.skip("this file system has no holes")
+        assert touched(lambda: (x[10:13], q[100:104], checkpoint["x"], checkpoint["q"])) == 0
+        assert touched(lambda: x[10:13].sum()) == 3 * 64
+        assert touched(lambda: x[40:42, 1024:2048].sum()) == 2  # 4 KiB of each row
+        assert touched(lambda: x[:, 5120:5121].sum()) == 64 - 3  # a page a row, three are there
+        # Rows of a quantized weight: codes and scales.
+        assert touched(lambda: q[100:104].dequantize()) == 4 * 16 + 4
+        assert touched(lambda: q[200:203, 4096:8192].dequantize()) == 3 * 1 + 3

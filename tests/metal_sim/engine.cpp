@@ -585,10 +585,26 @@ std::vector<std::string>& kernels_run() {
   return *list;
 }
 
-void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, msl::Size3 grid,
-              msl::Size3 group) {
+namespace {
+
+// Bytes of a buffer that a kernel may write, and which of them were written before.
+struct Contents {
+  std::vector<char> data;
+  std::vector<uint8_t> written;
+  explicit Contents(const Binding& b)
+      : data(b.data, b.data + b.size), written(b.written == nullptr ? b.size : 0, 1) {
+    if (b.written != nullptr) written.assign(b.written, b.written + b.size);
+  }
+  void restore(const Binding& b) const {
+    if (b.size == 0) return;
+    std::memcpy(b.data, data.data(), b.size);
+    if (b.written != nullptr) std::memcpy(b.written, written.data(), b.size);
+  }
+};
+
+void run_once(const msl::Kernel& kernel, const std::vector<Binding>& bindings, msl::Size3 grid,
+              msl::Size3 group, uint64_t seed) {
   Machine& m = machine();
-  const std::lock_guard<std::mutex> lock(m.mutex);
   const std::string name = std::string("kernel ") + kernel.name + ": ";
   const uint64_t threads = uint64_t{group.x} * group.y * group.z;
   if (threads == 0 || threads > kMaxThreads || threads > kernel.max_threads) {
@@ -602,7 +618,7 @@ void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
   m.kernel = &kernel;
   m.failure = Failure();
   m.count = options().count;
-  m.random = 88172645463325252ull ^ (options().seed * 0x9E3779B97F4A7C15ull);
+  m.random = 88172645463325252ull ^ (seed * 0x9E3779B97F4A7C15ull);
   m.cache.clear();
   m.regions.clear();
   m.slots.clear();
@@ -637,7 +653,7 @@ void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
   const uint64_t total = uint64_t{groups[0]} * groups[1] * groups[2];
   std::vector<u32> order(total);
   for (u32 i = 0; i < total; ++i) order[i] = i;
-  if (options().seed != 0) shuffle(order);
+  if (seed != 0) shuffle(order);
   if (m.fibers.size() < threads) m.fibers.resize(threads);
 
   for (u32 turn = 0; turn < total; ++turn) {
@@ -670,7 +686,7 @@ void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
       t.simdgroup_index_in_threadgroup = i / kLanes;
       t.simdgroups_per_threadgroup = (count + kLanes - 1) / kLanes;
     }
-    run_group(count, options().seed != 0);
+    run_group(count, seed != 0);
     if (m.failure.happened) break;
   }
   m.current = nullptr;
@@ -685,6 +701,45 @@ void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, m
     d.threadgroup_memory = m.slot_bytes;
     for (const Region& r : m.regions) d.traffic.push_back(r.traffic);
     dispatches().push_back(std::move(d));
+  }
+}
+
+}  // namespace
+
+void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, msl::Size3 grid,
+              msl::Size3 group) {
+  const std::lock_guard<std::mutex> lock(machine().mutex);
+  const std::vector<uint64_t>& seeds = options().seeds;
+  if (seeds.size() == 1) {
+    run_once(kernel, bindings, grid, group, seeds[0]);
+    return;
+  }
+  std::vector<const Binding*> outputs;
+  for (int i = 0; i < kernel.param_count; ++i) {
+    const Binding& b = bindings[static_cast<size_t>(kernel.params[i].index)];
+    if (!kernel.params[i].read_only && b.bound && b.is_tensor) outputs.push_back(&b);
+  }
+  std::vector<Contents> before, first;
+  for (const Binding* b : outputs) before.emplace_back(*b);
+  for (size_t turn = 0; turn < seeds.size(); ++turn) {
+    if (turn > 0) {
+      for (size_t i = 0; i < outputs.size(); ++i) before[i].restore(*outputs[i]);
+    }
+    run_once(kernel, bindings, grid, group, seeds[turn]);
+    if (turn == 0) {
+      for (const Binding* b : outputs) first.emplace_back(*b);
+      continue;
+    }
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const Contents now(*outputs[i]);
+      for (size_t j = 0; j < now.data.size(); ++j) {
+        if (now.written[j] == first[i].written[j] && now.data[j] == first[i].data[j]) continue;
+        throw std::runtime_error(
+            std::string("kernel ") + kernel.name + ": byte " + std::to_string(j) + " of its " +
+            outputs[i]->what + " depends on the order of threads: seeds " +
+            std::to_string(seeds[0]) + " and " + std::to_string(seeds[turn]) + " differ");
+      }
+    }
   }
 }
 

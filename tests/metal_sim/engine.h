@@ -36,7 +36,9 @@ struct Dispatch {
 };
 
 struct Options {
-  uint64_t seed = 0;   // 0: threads and threadgroups in order; otherwise shuffled
+  // Orders of threads and threadgroups: 0 is in order, others are shuffled. Every kernel call runs
+  // in each of them on the same memory, and all must leave the same bits.
+  std::vector<uint64_t> seeds{0};
   bool count = false;  // keep a Dispatch of every call
 };
 
@@ -48,7 +50,8 @@ constexpr unsigned kMaxBuffers = 31;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kMaxThreadgroupMemory = 32768;
 
-// Throws std::runtime_error with everything that is known about the first fault.
+// Runs a kernel in every order of options().seeds. Throws std::runtime_error with everything that is
+// known about the first fault.
 void dispatch(const msl::Kernel& kernel, const std::vector<Binding>& bindings, msl::Size3 grid,
               msl::Size3 group);
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .compiler import (
     COMMON,
+    HERE,
     INCLUDE,
     CompileError,
     compile_kernels,
@@ -54,6 +55,48 @@ def _line(prepass: Prepass, index: int) -> int:
     return line
 
 
+def library() -> dict[str, str]:
+    """Library functions that kernels may call, each with its section (msl_functions.txt)."""
+    found: dict[str, str] = {}
+    for line in (HERE / "msl_functions.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            section, _, names = line.rpartition(":")
+            found.update(dict.fromkeys(names.split(), section))
+    return found
+
+
+# What stands before a parenthesis without being called.
+NO_CALLS = {"if", "for", "while", "switch", "return", "sizeof", "decltype", "defined", "operator"}
+NO_CALLS |= {"buffer", "host_name", "static_assert", "alignas", *FORBIDDEN}
+
+
+def unlisted_calls(p: Prepass, types: set[str]) -> list[str]:
+    """Calls of functions that neither the source defines nor the list of library functions has."""
+    words: list[tuple[int, str]] = []
+    i = -1
+    while (i := p.next(i)) < len(p.tokens):
+        if p.is_attribute(i):
+            i = p.attribute_end(i)
+            continue
+        words.append((i, p.text(i)))
+    calls, defined = {}, set()
+    for n, (i, text) in enumerate(words[:-1]):
+        if p.tokens[i].kind != "name" or words[n + 1][1] != "(" or text in NO_CALLS:
+            continue
+        before = words[n - 1] if n else (i, "")
+        is_type = p.tokens[before[0]].kind == "name" and before[1] not in ("return", "else", "in")
+        if is_type or before[1] == ">":
+            defined.add(text)  # `float f(`, `thread T f(`, or a constructor's `vec<T, 4>(`
+        else:
+            calls.setdefault(text, i)
+    known = {*library(), *defined, *types}
+    return [
+        f"line {_line(p, i)}: {name} is no function of this source and not in msl_functions.txt"
+        for name, i in calls.items()
+        if name not in known
+    ]
+
+
 def token_rules(source: str) -> list[str]:
     """Broken token rules of one preprocessed source."""
     p = Prepass(source)
@@ -63,6 +106,12 @@ def token_rules(source: str) -> list[str]:
     for position, (_, word) in enumerate(words):
         if word in ("typename", "struct") and position + 1 < len(words):
             types.add(words[position + 1][1])
+        if word == "typedef":  # typedef ... NAME;
+            end = words[position][0]
+            while p.text(p.next(end)) not in (";", ""):
+                end = p.next(end)
+            types.add(p.text(end))
+    problems += unlisted_calls(p, types)
     scopes: list[str] = []
     statement: list[int] = []
     i = -1

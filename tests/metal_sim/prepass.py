@@ -74,7 +74,7 @@ class Result:
 
 
 class Prepass:
-    """One pass over one preprocessed source; ``mode`` is "run" or "lint"."""
+    """One pass over one preprocessed source; ``mode`` is "run", "lint" or "cuda"."""
 
     def __init__(self, source: str, mode: str = "run") -> None:
         self.tokens = [Token(str(m.lastgroup), m.group()) for m in TOKEN.finditer(source)]
@@ -251,6 +251,8 @@ class Prepass:
                 f"typedef {base}{kind}{extent}; __local {kind}& {name} = *(__local {kind}*)0",
                 end,
             )
+        if self.mode == "cuda":
+            return f"__shared__ {base}{name}{extent}", end
         return (
             f"typedef {base}{kind}{extent}; "
             f'static const msl::Slot msl_slot_{name} = {{"{name}", sizeof({kind})}}; '
@@ -273,6 +275,8 @@ class Prepass:
             if self.is_attribute(i):
                 end = self.attribute_end(i)
                 out.append("\n" * self.joined(i, end).count("\n"))
+                if self.mode == "cuda" and "kernel" in re.findall(r"\w+", self.joined(i, end)):
+                    out.append("__device__ inline ")
                 i = end + 1
                 continue
             if text == "template" and self.text(self.next(i)) != "<":
@@ -281,8 +285,11 @@ class Prepass:
                 i += 1
                 continue
             if text == "kernel":
+                out.append("__device__ inline" if self.mode == "cuda" else "")
                 i += 1
                 continue
+            if text == "inline" and self.mode == "cuda":
+                out.append("__device__ ")
             if token.kind == "number" and text[-1] in "hH" and not text.lower().startswith("0x"):
                 out.append(f"half({text[:-1]})")
             elif text == "threadgroup" and braces > 0 and previous in "{};":

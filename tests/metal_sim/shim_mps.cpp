@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -73,6 +74,58 @@ Binding& slot(Function* f, unsigned index, const char* what) {
   return f->bindings[index];
 }
 
+// ---- recorded calls ----------------------------------------------------------------------------
+// Every kernel call with its memory before and after, for the engines that run them again without
+// torch: replay.cpp under a sanitizer, cuda/replay.cu on a GPU. replay.h reads what this writes.
+FILE* record = nullptr;
+
+void put(const void* data, size_t size) {
+  TORCH_CHECK(size == 0 || std::fwrite(data, 1, size, record) == size, "cannot record a call");
+}
+
+void put_number(uint64_t value) {
+  put(&value, sizeof value);
+}
+
+// Which bytes of a buffer have been written: all of a value.
+std::vector<uint8_t> written_of(const Binding& b) {
+  if (b.written == nullptr) return std::vector<uint8_t>(b.size, 1);
+  return {b.written, b.written + b.size};
+}
+
+void record_before(const Function& f, const uint32_t* grid, const uint32_t* group) {
+  const std::string name = f.kernel->name;
+  put_number(name.size());
+  put(name.data(), name.size());
+  for (int i = 0; i < 3; ++i) put_number(grid[i]);
+  for (int i = 0; i < 3; ++i) put_number(group[i]);
+  put_number(static_cast<uint64_t>(f.kernel->param_count));
+  for (int i = 0; i < f.kernel->param_count; ++i) {
+    const msl::Param& p = f.kernel->params[i];
+    const Binding& b = f.bindings[static_cast<size_t>(p.index)];
+    put_number(static_cast<uint64_t>(p.index));
+    put_number(p.pointer);
+    put_number(!p.read_only);
+    // The same memory may be bound twice.
+    int same = 0;
+    while (f.bindings[static_cast<size_t>(f.kernel->params[same].index)].data != b.data) ++same;
+    put_number(static_cast<uint64_t>(same));
+    put_number(b.size);
+    put(b.data, b.size);
+  }
+}
+
+void record_after(const Function& f) {
+  for (int i = 0; i < f.kernel->param_count; ++i) {
+    const msl::Param& p = f.kernel->params[i];
+    if (p.read_only) continue;
+    const Binding& b = f.bindings[static_cast<size_t>(p.index)];
+    put(b.data, b.size);
+    const std::vector<uint8_t> written = written_of(b);
+    put(written.data(), b.size);
+  }
+}
+
 void launch(Function* f, const uint64_t* length, size_t dims, const uint64_t* group,
             size_t group_dims) {
   TORCH_CHECK(f->encoding, "dispatch outside start_encoding");
@@ -84,7 +137,9 @@ void launch(Function* f, const uint64_t* length, size_t dims, const uint64_t* gr
     l[i] = static_cast<uint32_t>(length[i]);
     g[i] = static_cast<uint32_t>(group[i]);
   }
+  if (record != nullptr) record_before(*f, l, g);
   dispatch(*f->kernel, f->bindings, {l[0], l[1], l[2]}, {g[0], g[1], g[2]});
+  if (record != nullptr) record_after(*f);
 }
 
 std::string json() {
@@ -121,11 +176,18 @@ extern "C" {
 void sim_set_compiler(sim::Compiler c) {
   sim::compiler = c;
 }
-void sim_set_seed(uint64_t seed) {
-  sim::options().seed = seed;
+void sim_set_seeds(const uint64_t* seeds, size_t count) {
+  sim::options().seeds.assign(seeds, seeds + count);
 }
 void sim_set_count(int count) {
   sim::options().count = count != 0;
+}
+// Calls from here on go to a file; a null path ends that. Returns 0 if the file cannot be written.
+int sim_record(const char* path) {
+  int ok = 1;
+  if (sim::record != nullptr) ok = std::fclose(sim::record) == 0;
+  sim::record = path == nullptr ? nullptr : std::fopen(path, "wb");
+  return ok && (path == nullptr || sim::record != nullptr);
 }
 void sim_reset() {
   sim::dispatches().clear();

@@ -24,6 +24,7 @@ from .compiler import CACHE, HERE, ROOT, CompileError, compile_kernels, host_com
 TORCH = Path(torch.__file__).resolve().parent
 _library: ctypes.CDLL | None = None
 _keep: list[Any] = []
+_sources: list[str] = []
 
 
 def _flags() -> list[str]:
@@ -110,12 +111,14 @@ def load() -> None:
         raise RuntimeError("this torch has a real MPS backend; the simulator would replace it")
     library = ctypes.CDLL(str(build_simulator()), mode=ctypes.RTLD_GLOBAL)
     library.sim_report.restype = ctypes.c_char_p
-    library.sim_set_seed.argtypes = [ctypes.c_uint64]
+    library.sim_record.argtypes = [ctypes.c_char_p]
+    library.sim_set_seeds.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
     def compile_callback(source: bytes, answer: int, size: int) -> int:
         try:
             text, status = str(compile_kernels(source.decode())), 0
+            _sources.append(source.decode())
         except Exception as error:  # a callback cannot raise
             text, status = f"{type(error).__name__}: {error}", 1
         data = text.encode()[: size - 1] + b"\0"
@@ -125,11 +128,14 @@ def load() -> None:
     library.sim_set_compiler(compile_callback)
     _keep.append(compile_callback)
     _library = library
-    set_seed(int(os.environ.get("MKRS_SIM_SEED", "0")))
+    set_seeds(*environment_seeds())
+    # Kernels run on one thread, and so should the rest: OpenMP's idle threads spin.
+    torch.set_num_threads(1)
 
-    import mergekit_torch  # noqa: F401  (defines the ops' schemas)
+    from mergekit_torch import verify  # importing the package defines the ops' schemas
 
     torch.ops.load_library(str(build_host()))
+    verify.install_if_asked()
 
 
 def _loaded() -> ctypes.CDLL:
@@ -138,35 +144,67 @@ def _loaded() -> ctypes.CDLL:
     return _library
 
 
-def set_seed(seed: int) -> None:
-    """0 runs threads and threadgroups in order; other values shuffle both, repeatably."""
-    _loaded().sim_set_seed(seed)
+def environment_seeds() -> list[int]:
+    """``MKRS_SIM_SEED``: one seed, or several with commas between."""
+    return [int(part) for part in os.environ.get("MKRS_SIM_SEED", "0").split(",")]
+
+
+def set_seeds(*values: int) -> None:
+    """Orders of threads and threadgroups: 0 is in order, other values shuffle both, repeatably.
+
+    Each kernel call runs in every one of them on the same memory; results that differ in a bit are
+    an error.
+    """
+    if not values:
+        raise ValueError("at least one seed is needed, got none")
+    _loaded().sim_set_seeds((ctypes.c_uint64 * len(values))(*values), len(values))
 
 
 @contextlib.contextmanager
-def seed(value: int) -> Iterator[None]:
-    """Runs a block with one thread order."""
-    before = int(os.environ.get("MKRS_SIM_SEED", "0"))
-    set_seed(value)
+def seed(*values: int) -> Iterator[None]:
+    """Runs a block in some orders of threads."""
+    set_seeds(*values)
     try:
         yield
     finally:
-        set_seed(before)
+        set_seeds(*environment_seeds())
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[dict[str, Any]]:
-    """Counts memory traffic; the dict is filled when the block ends (see engine.h, Dispatch)."""
+    """Counts memory traffic; the dict is filled when the block ends (see engine.h, Dispatch).
+
+    Kernels run in one order meanwhile, or each call would be counted several times.
+    """
     report: dict[str, Any] = {}
     library = _loaded()
     library.sim_reset()
     library.sim_set_count(1)
     try:
-        yield report
+        with seed(environment_seeds()[0]):
+            yield report
         report.update(json.loads(library.sim_report()))
     finally:
         library.sim_set_count(0)
         library.sim_reset()
+
+
+@contextlib.contextmanager
+def recording(path: Path) -> Iterator[None]:
+    """Writes every kernel call, with its memory before and after, to ``path`` (see replay.h)."""
+    library = _loaded()
+    if not library.sim_record(str(path).encode()):
+        raise OSError(f"cannot write {path}")
+    try:
+        yield
+    finally:
+        if not library.sim_record(None):
+            raise OSError(f"cannot write {path}")
+
+
+def sources() -> list[str]:
+    """The source of every kernel that this process has compiled."""
+    return list(_sources)
 
 
 def kernels_run() -> list[str]:

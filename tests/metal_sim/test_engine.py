@@ -51,6 +51,19 @@ kernel void k(device float* a [[buffer(0)]], uint i [[thread_index_in_threadgrou
     assert torch.equal(a.cpu(), torch.arange(256.0).view(4, 64).flip(1).flatten())
 
 
+def test_several_orders_run_on_the_same_memory() -> None:
+    source = """
+kernel void k(device float* a [[buffer(0)]], uint i [[thread_position_in_grid]]) {
+  a[i] = a[i] * 2.0f + 1.0f;
+}"""
+    a = floats(256)
+    with simulator.seed(1, 2, 3):
+        run(source, [a], grid=(256,), group=(64,))
+    assert torch.equal(a.cpu(), torch.arange(256.0) * 2 + 1)
+    with simulator.seed(1, 2, 3), pytest.raises(RuntimeError, match="race on buffer 0"):
+        run(source.replace("a[i] =", "a[i / 2] ="), [a], grid=(256,), group=(64,))
+
+
 @pytest.mark.parametrize("order", SEEDS)
 def test_simdgroup_functions(order: int) -> None:
     source = """

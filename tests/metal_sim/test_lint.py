@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
-from .compiler import ROOT, CompileError, zig
-from .lint import check, flatten, instantiate
+from .compiler import INCLUDE, ROOT, CompileError, zig
+from .lint import check, flatten, instantiate, library
 
 try:
     zig()
@@ -135,6 +136,19 @@ BROKEN = {
         "C++17 extension",
     ),
 }
+
+
+def test_functions_are_those_of_the_specification() -> None:
+    """The simulator's library has every listed function; calls of others are lint's business."""
+    text = (INCLUDE / "metal_stdlib").read_text()
+    for name, section in library().items():
+        assert re.search(rf"(\b|MSL_REDUCE\(){name}[(,]", text), name
+        assert section[0] in "26"
+
+
+def test_a_function_that_is_not_listed_is_found() -> None:
+    source = HEAD + "kernel void k(device float* a [[buffer(0)]]) { a[0] = sinpi(a[0]); }"
+    assert any("sinpi is no function of this source" in p for p in check(source))
 
 
 @pytest.mark.parametrize("rule", BROKEN)

@@ -5,11 +5,13 @@ asks for nothing that those wheels or macOS do not export.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,8 +78,8 @@ def compile_all(compiler: str, version: str, folder: Path) -> list[Path]:
     sources = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp"), *csrc.glob("mps/*.cpp")]
     # Folders of other issues join as they come.
     sources += list(csrc.glob("memory/*.cpp"))
-    objects = []
-    for source in [*sorted(sources), *sorted(csrc.glob("mps/*.mm")), shaders]:
+
+    def compile_one(source: Path) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"
         flags = ["-std=gnu++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
         flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DMKRS_MPS"]
@@ -89,8 +91,12 @@ def compile_all(compiler: str, version: str, folder: Path) -> list[Path]:
             flags += ["-Wno-unused-command-line-argument"]
         flags += [f"-I{csrc}", "-isystem", str(include)]
         run([compiler, "c++", "-target", TARGET, *flags, "-c", str(source), "-o", str(target)])
-        objects.append(target)
-    return objects
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(
+            pool.map(compile_one, [*sorted(sources), *sorted(csrc.glob("mps/*.mm")), shaders])
+        )
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +166,49 @@ def test_mach_o_library_carries_the_shaders(objects: list[Path], tmp_path: Path)
     assert symbols(tmp_path / "_C.abi3.so").kind in ("dylib", "bundle")
     for kernel in (ROOT / "mps_kernels").glob("*.metal"):
         assert f'#line 1 "{kernel.name}"'.encode() in data
+
+
+def test_a_wheel_for_macos(objects: list[Path], tmp_path: Path) -> None:
+    """setup.py packs the library as it would on a Mac; pip there would take the wheel."""
+    package = tmp_path / "lib" / "mergekit_torch"
+    base = tmp_path / "base"
+    base.mkdir()
+    options = tmp_path / "setup.cfg"
+    options.write_text(f"[build]\nbuild_lib={package.parent}\n[egg_info]\negg_base={base}\n")
+
+    def setup(*arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "DIST_EXTRA_CONFIG": str(options)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    setup("build_py")
+    link(objects, package)
+    setup(
+        *("bdist_wheel", "--skip-build", "--plat-name", "macosx_14_0_arm64"),
+        *("--bdist-dir", str(tmp_path / "bdist"), "--dist-dir", str(tmp_path / "dist")),
+    )
+    (path,) = (tmp_path / "dist").iterdir()
+    assert re.fullmatch(r"mergekit_torch-[\w.]+-cp310-abi3-macosx_14_0_arm64\.whl", path.name)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "unpacked")
+    library = tmp_path / "unpacked" / "mergekit_torch" / "_C.abi3.so"
+    assert symbols(library).kind in ("dylib", "bundle")
+    data = library.read_bytes()
+    for kernel in (ROOT / "mps_kernels").glob("*.metal"):
+        assert f'#line 1 "{kernel.name}"'.encode() in data
+    assert [n for n in names if n.endswith((".so", ".dylib"))] == ["mergekit_torch/_C.abi3.so"]
+    assert {"mergekit_torch/__init__.py", "mergekit_torch/verify.py"} <= set(names)
+    (info,) = (n for n in names if n.endswith(".dist-info/WHEEL"))
+    wheel_text = (tmp_path / "unpacked" / info).read_text()
+    assert "Tag: cp310-abi3-macosx_14_0_arm64" in wheel_text
+    assert "Root-Is-Purelib: false" in wheel_text
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
-"""Every variant of every kernel, in several orders of threads, on cases that fit in a second.
+"""Every kernel with every format, forced through every regime, in several orders of threads.
 
-tests/ops with MKRS_TEST_DEVICE=mps is the full suite; this is what runs with the default tests.
+tests/ops with MKRS_TEST_DEVICE=mps is the full suite (`make test-mps`).
 """
 
 from __future__ import annotations
 
 import itertools
-import zlib
+import os
 
 import pytest
 import torch
@@ -32,28 +32,18 @@ except CompileError as error:
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SCHEMES = ("symmetric", "asymmetric", "affine")
-ORDERS = (0, 11, 12, 13)  # seeds: in order, and three shuffles
-ONE, EVERY = "one order", "every order"
-# By default every bits x scheme with one scale type (all three occur), each in one order.
-# Slow: those in every order, and the other scale types in one.
-FORMATS = [
-    pytest.param(bits, scheme, scale, orders, marks=[pytest.mark.slow] if slow else [])
-    for (i, bits), (j, scheme), (k, scale) in itertools.product(
-        enumerate((8, 4, 2)), enumerate(SCHEMES), enumerate(FLOATS)
-    )
-    for orders, slow in ([(ONE, False), (EVERY, True)] if (i + j + k) % 3 == 0 else [(ONE, True)])
-]
-IDS = ["-".join(str(v).replace("torch.", "") for v in p.values) for p in FORMATS]
+# In order, and three shuffles: every kernel call runs in each and must leave the same bits.
+ORDERS = (0, 11, 12, 13)
+FORMATS = list(itertools.product((8, 4, 2), SCHEMES, FLOATS))
+IDS = ["-".join(str(v).replace("torch.", "") for v in parts) for parts in FORMATS]
 
 
 @pytest.fixture(autouse=True)
-def simulated() -> None:
+def simulated():
     simulator.load()
-
-
-def chosen(orders: str, *parts: object) -> tuple[int, ...]:
-    """The seeds of a case: all, or one that depends on the case."""
-    return ORDERS if orders == EVERY else (ORDERS[zlib.crc32(repr(parts).encode()) % len(ORDERS)],)
+    torch.manual_seed(torch.randint(2**31, ()).item() if os.environ.get("MKRS_FRESH") else 0)
+    with simulator.seed(*ORDERS):
+        yield
 
 
 def weight(rows: int, k: int, bits: int, scheme: str, scale: torch.dtype, aligned: bool) -> Weight:
@@ -70,20 +60,15 @@ def weight(rows: int, k: int, bits: int, scheme: str, scale: torch.dtype, aligne
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["blocks", "bytes"])
-@pytest.mark.parametrize(("bits", "scheme", "scale", "orders"), FORMATS, ids=IDS)
-def test_matmul_variants(bits, scheme, scale, aligned, orders, monkeypatch) -> None:
-    for order in chosen(orders, bits, scheme, scale, aligned):
-        with simulator.seed(order):
-            check_matmul(bits, scheme, scale, aligned, order, monkeypatch)
-
-
-def check_matmul(bits, scheme, scale, aligned, order, monkeypatch) -> None:
+@pytest.mark.parametrize(("bits", "scheme", "scale"), FORMATS, ids=IDS)
+def test_matmul_variants(bits, scheme, scale, aligned, monkeypatch) -> None:
+    turn = FORMATS.index((bits, scheme, scale)) + aligned
     k = 96
     w = weight(21, k, bits, scheme, scale, aligned)
     dense = dequantize64(w)
-    variants = [(1, 0), (order % 7 + 2, 0), *((9, tile) for tile in (8, 16, 24, 32, 64))]
+    variants = [(1, 0), (turn % 7 + 2, 0), *((9, tile) for tile in (8, 16, 24, 32, 64))]
     for n, (m, tile) in enumerate(variants):
-        dtype = FLOATS[(n + order) % 3]
+        dtype = FLOATS[(n + turn + turn // 9) % 3]
         monkeypatch.setenv("MKRS_MPS_TILE_ROWS", str(tile))
         monkeypatch.setenv("MKRS_MPS_PARTS", str(n % 3 + 1))
         base = torch.full((m + 2, k + 5), float("nan"), dtype=dtype)
@@ -101,14 +86,8 @@ def check_matmul(bits, scheme, scale, aligned, order, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["blocks", "bytes"])
-@pytest.mark.parametrize(("bits", "scheme", "scale", "orders"), FORMATS, ids=IDS)
-def test_elementwise_variants(bits, scheme, scale, aligned, orders) -> None:
-    for order in chosen(orders, bits, scheme, scale, aligned):
-        with simulator.seed(order):
-            check_elementwise(bits, scheme, scale, aligned)
-
-
-def check_elementwise(bits, scheme, scale, aligned) -> None:
+@pytest.mark.parametrize(("bits", "scheme", "scale"), FORMATS, ids=IDS)
+def test_elementwise_variants(bits, scheme, scale, aligned) -> None:
     w = weight(9, 96, bits, scheme, scale, aligned)
     dense = torch.from_numpy(dequantize32(w))
     args = {"bits": bits, "group_size": 32, "in_features": 96}
@@ -129,16 +108,10 @@ def check_elementwise(bits, scheme, scale, aligned) -> None:
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("bits", "scheme", "scale", "orders"), FORMATS, ids=IDS)
-def test_quantize_variants(bits, scheme, scale, orders) -> None:
-    for order in chosen(orders, bits, scheme, scale):
-        with simulator.seed(order):
-            check_quantize(bits, scheme, scale, order)
-
-
-def check_quantize(bits, scheme, scale, order) -> None:
+@pytest.mark.parametrize(("bits", "scheme", "scale"), FORMATS, ids=IDS)
+def test_quantize_variants(bits, scheme, scale) -> None:
     for n, group_size in enumerate((16, 32, 64, 128, 256, 700)):
-        wide = torch.randn(6, 640).to(FLOATS[(n + order) % 3])
+        wide = torch.randn(6, 640).to(FLOATS[n % 3])
         w = wide.to("mps")[1:5, 3 : 3 + 613]
         got = ops.quantize(w, bits, group_size, scheme, scale)
         want = ops.quantize(w.cpu(), bits, group_size, scheme, scale)

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from cases import BITS, FLOATS, GROUPS, INPUT_ROWS, SCHEMES, SHAPES
@@ -13,12 +12,10 @@ def check(x, w, bias=None):
     assert got.dtype == x.dtype
     x64 = x.detach().cpu().double().numpy()
     expected = x64 @ dequantize64(w).T
-    if bias is not None:
-        expected = expected + bias.detach().cpu().double().numpy()
-    bound = matmul_bound(x64, w, expected, x.dtype)
-    if bias is not None:  # one more float32 sum
-        bound = bound + 2.0**-23 * np.abs(bias.detach().cpu().double().numpy())
-    assert_within(got, expected, bound)
+    bias64 = None if bias is None else bias.detach().cpu().double().numpy()
+    if bias64 is not None:
+        expected = expected + bias64
+    assert_within(got, expected, matmul_bound(x64, w, expected, x.dtype, bias=bias64))
     return got
 
 

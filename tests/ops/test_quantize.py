@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BITS, FLOATS, GROUPS, SCHEMES, SHAPES
-from oracle import UNIT, Weight, dequantize64, unpack
+from oracle import Weight, dequantize64, quantize_bound, unpack
 
 from mergekit_torch import ops
 from mergekit_torch.ops.quantize import reference
@@ -26,26 +26,7 @@ def quantized(weight, bits, group_size, scheme, scale_dtype=None) -> Weight:
 
 
 def rounding_bound(weight: torch.Tensor, w: Weight) -> np.ndarray:
-    """|scale|/2 of rounding, plus what is clamped because the stored range ends before the value.
-
-    The range of codes is [low, high]; outside it the error is the distance to its nearer end.
-    The arithmetic that chooses a code errs by a few float32 units of the code.
-    """
-    x = weight.cpu().double().numpy()
-    repeat = lambda t: np.repeat(t.cpu().double().numpy(), w.group_size, -1)[..., : w.in_features]  # noqa: E731
-    scale = repeat(w.scale)
-    levels = 2.0**w.bits - 1
-    if w.offset is not None:
-        first = repeat(w.offset)
-    elif w.zero_point is not None:
-        first = -scale * repeat(w.zero_point)
-    else:
-        first = -scale * 2.0 ** (w.bits - 1)
-    last = first + scale * levels
-    low, high = np.minimum(first, last), np.maximum(first, last)
-    clamped = np.maximum(low - x, 0) + np.maximum(x - high, 0)
-    arithmetic = 8 * UNIT[torch.float32] * (np.abs(x) + np.abs(first) + np.abs(last))
-    return np.abs(scale) / 2 + clamped + arithmetic
+    return quantize_bound(weight.cpu().double().numpy(), w)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
