@@ -59,8 +59,8 @@ class Timing:
     median: float
 
 
-def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
-    """Time one round of ``calls`` in a graph; the result is per call."""
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One round of ``calls`` as a graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -70,17 +70,32 @@ def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    times = []
-    for _ in range(3):
+    return graph
+
+
+def time_graphs(*contenders: Sequence[Callable[[], object]]) -> list[Timing]:
+    """Time one round of each contender's calls; the results are per call.
+
+    Contenders take turns, so that the clocks, which follow power and heat, are the same for all.
+    """
+    graphs = [capture(calls) for calls in contenders]
+    times: list[list[float]] = [[] for _ in graphs]
+    for graph in graphs * 3:
         graph.replay()
     for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return Timing(min(times), statistics.median(times))
+        for graph, calls, mine in zip(graphs, contenders, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            mine.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return [Timing(min(mine), statistics.median(mine)) for mine in times]
+
+
+def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Time one round of ``calls`` in a graph; the result is per call."""
+    return time_graphs(calls)[0]
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,9 @@ def copies(bytes_each: int) -> int:
 class Bench:
     """Collects rows and prints them as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.environment = environment()
         self.rows: list[dict[str, Any]] = []
         self.read_kernel = torch.cuda._compile_kernel(READ_SOURCE, "read_bytes")
         self.reads: dict[int, Timing] = {}
@@ -157,6 +174,9 @@ class Bench:
         }
         self.rows.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        if self.path is not None:  # after every row: a run that is cut off keeps what it has
+            document = {"environment": self.environment, "rows": self.rows}
+            self.path.write_text(json.dumps(document, indent=1) + "\n")
 
     def read(self, size: int) -> Timing:
         """The floor: a kernel that reads ``size`` cold bytes and does nothing else."""
@@ -252,9 +272,10 @@ class Bench:
             error = ((run(first, x)[:256].double() - expected).norm() / expected.norm()).item()
             best = (product(x, dense[0])[:256].double() - expected).norm() / expected.norm()
             count = 4 if m >= 256 else 1
-            reference = time_graph([lambda d=d, x=x, product=product: product(x, d) for d in dense])  # type: ignore[misc]
-            timing = time_graph(
-                [lambda w=w, x=x, run=run: run(w, x) for w in weights * (1 if count == 4 else 4)]  # type: ignore[misc]
+            repeated = weights * (1 if count == 4 else 4)
+            reference, timing = time_graphs(
+                [lambda d=d, x=x, product=product: product(x, d) for d in dense],  # type: ignore[misc]
+                [lambda w=w, x=x, run=run: run(w, x) for w in repeated],  # type: ignore[misc]
             )
             extra: dict[str, Any] = (
                 {} if floor is None else {"of_read": floor.median / timing.median}
@@ -271,6 +292,14 @@ class Bench:
                 dense_error=f"{best.item():.1e}",
                 **extra,
             )
+
+    def limits(self) -> None:
+        """What the GPU reaches at its best: a gigabyte read, and a large dense product."""
+        self.read(1 << 30)
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        timing = time_graph([lambda: torch.matmul(a, b)] * 4)
+        tflops = 2e-6 * 8192**3 / timing.median
+        self.add("matmul bfloat16", "8192x8192x8192", 0, timing, tflops=tflops)
 
     def conversions(self, n: int, k: int) -> None:
         source = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
@@ -358,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument(
         "--sections",
-        default="decode,f32,prefill,transposed,convert,peers",
+        default="limits,decode,f32,prefill,transposed,convert,peers",
         help="comma-separated parts to run",
     )
     parser.add_argument("--table", type=Path, help="print a result file as Markdown and stop")
@@ -367,8 +396,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(json.loads(arguments.table.read_text())), end="")
         return 0
     sections = arguments.sections.split(",")
-    bench = Bench()
+    bench = Bench(arguments.json)
     up, down, square = (14336, 4096), (4096, 14336), (4096, 4096)
+    if "limits" in sections:
+        bench.limits()
     if "decode" in sections:
         peers = "peers" in sections
         for n, k in (up, down, square):
@@ -389,9 +420,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.large(n, k, 4, (1, 4, 16, 64, 4096), True)
     if "convert" in sections:
         bench.conversions(*up)
-    if arguments.json is not None:
-        document = {"environment": environment(), "rows": bench.rows}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

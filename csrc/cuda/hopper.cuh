@@ -52,18 +52,6 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap* map
       : "memory");
 }
 
-// The same box into L2 only.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int inner, int outer) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];\n" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(inner), "r"(outer)
-               : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
-
 // In a kernel launched with launch_overlapped: waits until the kernels before it on the stream are
 // complete and their writes visible. Nothing that they may touch is read or written earlier.
 __device__ __forceinline__ void wait_for_previous() {
@@ -86,6 +74,7 @@ __device__ __forceinline__ float read_cluster_float(uint32_t local, int rank) {
 }
 
 __device__ __forceinline__ void cluster_barrier() {
+  __syncwarp();  // the instruction wants whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
                    : "memory");
 }
@@ -125,6 +114,28 @@ inline CUtensorMap tensor_map(const char* op, CUtensorMapDataType type, const vo
   MKRS_CHECK(result == CUDA_SUCCESS, op, "cuTensorMapEncodeTiled must succeed, got CUDA error ",
              static_cast<int>(result));
   return map;
+}
+
+// Clusters of `splits` blocks that a device runs at once, at one block a multiprocessor.
+template <typename Kernel>
+int most_clusters(const char* op, Kernel kernel, int splits, int threads, int shared_bytes,
+                  int multiprocessors) {
+  if (splits <= 2) return multiprocessors / splits;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(multiprocessors / splits, splits);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = 1;
+  attribute.val.clusterDim.y = splits;
+  attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  check_cuda(op, "cudaOccupancyMaxActiveClusters",
+             cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  return std::max(1, std::min(clusters, multiprocessors / splits));
 }
 
 // Launches a kernel that calls wait_for_previous.

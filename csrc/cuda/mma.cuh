@@ -15,6 +15,26 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
                : "memory");
 }
 
+// `bytes` (4, 8 or a multiple of 16) to shared memory, of which the first `valid` come from memory.
+__device__ __forceinline__ void copy_async(uint32_t shared, const char* from, int bytes,
+                                           int valid) {
+  if (bytes == 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else if (bytes == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else {
+    for (int i = 0; i < bytes; i += 16) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared + i),
+                   "l"(from + i), "r"(max(0, min(16, valid - i)))
+                   : "memory");
+    }
+  }
+}
+
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::);
 }

@@ -43,6 +43,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
   p.x_aligned = aligned(call.x, 16) && call.x_stride % 8 == 0;
   const int run = run_of(w.group_size, w.groups);
   plan->multiprocessors = info.multiprocessors;
+  plan->shared_per_block = info.shared_per_block;
 
   // Scales that two lanes share a row of: can asynchronous copies bring a lane's half?
   const int run_k = 16 * run;

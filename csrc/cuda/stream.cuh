@@ -38,6 +38,7 @@ struct StreamPlan {
   StreamParams params;
   int splits;  // of K, over the blocks of a cluster
   int multiprocessors;
+  int shared_per_block;
 };
 
 // How a call of at most kStreamRows rows of 16-bit input runs. False when the shape, an alignment

@@ -58,26 +58,6 @@ __host__ __device__ __forceinline__ StreamLayout stream_layout(const StreamParam
   return l;
 }
 
-// `bytes` (4, 8 or a multiple of 16) to shared memory, of which the first `valid` come from memory.
-__device__ __forceinline__ void copy_async(uint32_t shared, const char* from, int bytes,
-                                           int valid) {
-  if (bytes == 4) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(from),
-                 "r"(valid)
-                 : "memory");
-  } else if (bytes == 8) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared), "l"(from),
-                 "r"(valid)
-                 : "memory");
-  } else {
-    for (int i = 0; i < bytes; i += 16) {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared + i),
-                   "l"(from + i), "r"(max(0, min(16, valid - i)))
-                   : "memory");
-    }
-  }
-}
-
 // COLS: input rows, rounded up to 1, 2, 4, 8 or 16.
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParams p) {
@@ -570,35 +550,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
 #endif
 }
 
-// Clusters of `splits` blocks that a device runs at once, at one block a multiprocessor.
-template <typename Kernel>
-int most_clusters(const char* op, Kernel kernel, int splits, int threads, int shared_bytes,
-                  int multiprocessors) {
-  if (splits <= 2) return multiprocessors / splits;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(multiprocessors / splits, splits);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = 1;
-  attribute.val.clusterDim.y = splits;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  check_cuda(op, "cudaOccupancyMaxActiveClusters",
-             cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-  return std::max(1, std::min(clusters, multiprocessors / splits));
-}
-
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
 void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t stream) {
   const StreamParams& p = plan.params;
   const auto kernel = stream_kernel<T, BITS, RUN, COLS, WARPS>;
   // One block a multiprocessor, also where the next launch's blocks come while this one's leave.
-  const int shared_bytes =
-      std::max(stream_layout<BITS, RUN, COLS, WARPS>(p).total, kStreamLeastShared);
+  const int shared_bytes = std::max(stream_layout<BITS, RUN, COLS, WARPS>(p).total,
+                                    std::min(kStreamLeastShared, plan.shared_per_block));
   check_cuda(
       op, "asking for shared memory",
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
