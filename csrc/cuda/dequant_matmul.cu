@@ -9,7 +9,7 @@ namespace mkrs::cuda {
 namespace {
 
 enum class Route {
-  Stream,  // stream_kernel.cuh: Hopper's copy engine feeds tensor cores, one pass
+  Stream,  // stream_kernel.cuh: rings of asynchronous copies feed Hopper's tensor cores
   Decode,  // decode_kernel.cuh, in passes of decode_rows(type) input rows
   Fused,   // fused_kernel.cuh: Hopper's tensor cores on weights dequantized in registers
   Dense,   // dequantize into scratch, then torch's matmul
@@ -123,9 +123,9 @@ Tensor multiply(const char* op, const Tensor& input, const Tensor& codes, const 
       }
     } else {
       const auto run = type == Float::F16 ? run_fused_f16 : run_fused_bf16;
-      if (run(op, call, scope.info(), scope.stream())) return result;
+      if (run(op, call, scope.info(), input, scope.stream())) return result;
     }
-    // Rows that the copy engine cannot take: the same choice as on other devices.
+    // Rows that asynchronous copies cannot take: the same choice as on other devices.
     route = m <= kPassesBeforeDense * decode_rows(type) ? Route::Decode : Route::Dense;
   }
   if (route == Route::Decode) {

@@ -3,8 +3,8 @@
 namespace mkrs::cuda {
 
 bool run_fused_bf16(const char* op, const MatmulCall& call, const DeviceInfo& info,
-                    cudaStream_t stream) {
-  return run_fused<__nv_bfloat16>(op, call, info, stream);
+                    const Tensor& like, cudaStream_t stream) {
+  return run_fused<__nv_bfloat16>(op, call, info, like, stream);
 }
 
 }  // namespace mkrs::cuda

@@ -5,25 +5,30 @@
 // The weights are the first operand, dequantized in registers (f32 arithmetic, one rounding to the
 // input's type, as a dense layer has it); the activations come through the bulk copy engine,
 // swizzled as the products want them. A producer warpgroup keeps a ring of stages filled: one
-// thread starts the bulk copies, all of them prepare the scales of a row each. Two consumer
-// warpgroups of 64 weight rows each take turns on the tensor cores: one dequantizes while the other
-// multiplies, and each prepares its next step while its products run.
+// thread starts the bulk copies, all of them prepare the scales of a row each. A pair of consumer
+// warpgroups has 64 weight rows each: one dequantizes while the other multiplies, and each prepares
+// its next step while its products run. Few input rows need few registers: then two or three pairs
+// take every second or third stage, and their sums are added in the end.
+//
+// The kernel may be launched while the one before it still runs: until that is complete, it asks
+// for its first codes into L2 and reads nothing.
 #pragma once
 
 #include "fused.cuh"
 #include "hopper.cuh"
+#include "sum_partials.cuh"
 #include "wgmma.cuh"
 
 namespace mkrs::cuda {
 
 constexpr int kFusedRows = 128;  // weight rows of a block
 constexpr int kFusedDepth = 64;  // k of a stage
-constexpr int kFusedThreads = 384;
 
 struct FusedParams {
   QuantizedWeight w;
   const void* bias;
   void* out;
+  float* partial;  // [splits, m, N] where K is split over blocks, else null
   int m;
   int shift;
   int steps;        // stages' worth of k in a row
@@ -40,18 +45,26 @@ constexpr int kFusedStageBytes = M * kFusedDepth * 2 + kFusedCodeBytes<BITS>;
 template <int GROUPS>
 constexpr int kFusedScaleBytes = GROUPS * kFusedRows * 8;
 
-template <int BITS, int M>
-constexpr int kFusedStages = M == 256    ? 4
-                             : M == 128  ? 6
-                             : BITS == 8 ? 6
-                                         : 8;
-
-// Blocks on a multiprocessor: with few products to a step, two blocks hide each other's waits.
 template <int M>
-constexpr int kFusedBlocks = M == 64 ? 2 : 1;
+constexpr int kFusedStages = M == 256   ? 4
+                             : M == 128 ? 6
+                             : M == 64  ? 10
+                                        : 12;
 
-constexpr int kFusedSumPitch = kFusedRows + 4;  // of f32 sums in shared memory
-constexpr int kFusedMostSplits = 8;             // blocks of a cluster
+// Pairs of consumer warpgroups.
+template <int M>
+constexpr int kFusedPairs = M == 16   ? 3
+                            : M == 64 ? 2
+                                      : 1;
+
+template <int M>
+constexpr int kFusedConsumers = 256 * kFusedPairs<M>;  // threads
+
+template <int M>
+constexpr int kFusedThreads = kFusedConsumers<M> + 128;
+
+constexpr int kFusedPitch = kFusedRows + 8;  // of a row of results in shared memory
+constexpr int kFusedSumOffset = 32 * 1024;   // in shared memory, of the sums of other pairs
 
 // Of the 64 codes of a row, which `words` holds, those of one lane, as (value + bias) * factor: for
 // each run of 16 the codes 2t, 2t + 1, 2t + 8, 2t + 9. The constants are those of fused_scale.
@@ -117,11 +130,12 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
 
 // Grid (input tiles, weight tiles, splits of K). GROUPS: scales per stage and row, 1 or 4.
 template <typename T, int BITS, int M, int GROUPS>
-__global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
+__global__ void __launch_bounds__(kFusedThreads<M>, 1)
     fused_kernel(const __grid_constant__ CUtensorMap x_map,
                  const __grid_constant__ CUtensorMap code_map, const FusedParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kStages = kFusedStages<BITS, M>;
+  constexpr int kStages = kFusedStages<M>;
+  constexpr int kPairs = kFusedPairs<M>;
   constexpr int kStageBytes = kFusedStageBytes<BITS, M>;
   constexpr int kInputBytes = M * kFusedDepth * 2;
   constexpr int kRowBytes = kFusedDepth * BITS / 8;
@@ -141,22 +155,25 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
     }
     barrier_init_fence();
   }
-  __syncthreads();
-  wait_for_previous();
-  let_next_start();
-
-  constexpr int kAhead =
-      GROUPS == 1 ? (M == 64 ? 6 : 8) : 2;  // steps whose raw scales a producer thread holds
+  constexpr int kAhead = GROUPS == 1 ? 8 : 2;  // steps whose raw scales a producer thread holds
   float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
   const int first = blockIdx.z * p.split_steps;
   const int steps = min(p.split_steps, p.steps - first);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < min(steps, kStages); ++s) {
+      prefetch_box(&code_map, (first + s) * kRowBytes, n0);
+    }
+  }
+  __syncthreads();
+  wait_for_previous();
+  let_next_start();
   const int group = threadIdx.x / 128;  // warpgroup
 
-  if (group == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
-    const int r = threadIdx.x - 256;
+  if (group == 2 * kPairs) {
+    if constexpr (M > 16) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
+    const int r = threadIdx.x - kFusedConsumers<M>;
     const int64_t n = n0 + r;
     const QuantizedWeight& w = p.w;
     RawGroup raw[kAhead][GROUPS];
@@ -192,22 +209,18 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
         fetch(s + kAhead, raw[i]);
       }
     }
-    if (gridDim.z > 1) {
-      // With the consumers: when all sums lie in shared memory, and when all have been read.
-      cluster_barrier();
-      cluster_barrier();
-    }
   } else {
-    if constexpr (kFusedBlocks<M> == 1) {
+    if constexpr (M > 64) {
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
-    } else {
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 96;\n");
+    } else if constexpr (M == 64) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 104;\n");
     }
     const int warp = threadIdx.x / 32 % 4;
     const int lane = threadIdx.x % 32;
     const int g = lane / 4;
     const int t = lane % 4;
-    const int row = group * 64 + warp * 16 + g;  // and row + 8
+    const int row = group % 2 * 64 + warp * 16 + g;  // and row + 8
+    const int pair = group / 2;
     const QuantizedWeight& w = p.w;
 
     float acc[M / 2];
@@ -253,48 +266,67 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + 8 * (s % kStages));
     };
-    // The products of one step run while the next one's weights are dequantized.
-    uint32_t even[4][4];
-    uint32_t odd[4][4];
-    dequantize(0, even);
-    for (int s = 0; s < steps; s += 2) {
-      multiply(s, even);
-      if (s + 1 < steps) dequantize(s + 1, odd);
-      release(s);
-      if (s + 1 == steps) break;
-      multiply(s + 1, odd);
-      if (s + 2 < steps) dequantize(s + 2, even);
-      release(s + 1);
+    if constexpr (kPairs == 1) {
+      // The products of one step run while the next one's weights are dequantized.
+      uint32_t even[4][4];
+      uint32_t odd[4][4];
+      dequantize(0, even);
+      for (int s = 0; s < steps; s += 2) {
+        multiply(s, even);
+        if (s + 1 < steps) dequantize(s + 1, odd);
+        release(s);
+        if (s + 1 == steps) break;
+        multiply(s + 1, odd);
+        if (s + 2 < steps) dequantize(s + 2, even);
+        release(s + 1);
+      }
+    } else {
+      for (int s = pair; s < steps; s += kPairs) {
+        uint32_t a[4][4];
+        dequantize(s, a);
+        multiply(s, a);
+        release(s);
+      }
+    }
+
+    // The stages are idle once all consumers are here.
+    asm volatile("bar.sync 1, %0;\n" ::"n"(kFusedConsumers<M>) : "memory");
+    if constexpr (kPairs > 1) {
+      float* sums = reinterpret_cast<float*>(shared + kFusedSumOffset) + threadIdx.x % 256;
+      if (pair > 0) {
+#pragma unroll
+        for (int i = 0; i < M / 2; ++i) sums[((pair - 1) * (M / 2) + i) * 256] = acc[i];
+      }
+      asm volatile("bar.sync 1, %0;\n" ::"n"(kFusedConsumers<M>) : "memory");
+      if (pair > 0) return;
+#pragma unroll
+      for (int i = 0; i < (kPairs - 1) * (M / 2); ++i) acc[i % (M / 2)] += sums[i * 256];
     }
 
     // ---- results: lane holds rows `row`, `row` + 8 of columns 8j + 2t, 8j + 2t + 1 ----
-    // Through shared memory, which is idle once both warpgroups are here, so that rows of the
-    // output are written in 16-byte pieces, or other blocks of the cluster can read them.
-    float bias[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int64_t n = n0 + row + 8 * h;
-      if (p.bias != nullptr && n < w.rows && blockIdx.z == 0) {
-        bias[h] = to_float(static_cast<const T*>(p.bias)[n]);
-      }
-    }
-    asm volatile("bar.sync 1, 256;\n" ::: "memory");
-    if (gridDim.z > 1) {
-      float* tile = reinterpret_cast<float*>(shared);
+    if (p.partial != nullptr) {
+      float* partial = p.partial + static_cast<int64_t>(blockIdx.z) * p.m * w.rows;
 #pragma unroll
       for (int i = 0; i < M / 2; ++i) {
-        const int m = i / 4 * 8 + 2 * t + (i & 1);
-        tile[m * kFusedSumPitch + row + (i & 2 ? 8 : 0)] = acc[i] + bias[i / 2 % 2];
+        const int64_t m = m0 + i / 4 * 8 + 2 * t + (i & 1);
+        const int64_t n = n0 + row + (i & 2 ? 8 : 0);
+        if (m < p.m && n < w.rows) partial[m * w.rows + n] = acc[i];
       }
     } else {
+      // Through shared memory, so that rows of the output are written in 16-byte pieces.
+      float bias[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t n = n0 + row + 8 * h;
+        if (p.bias != nullptr && n < w.rows) bias[h] = to_float(static_cast<const T*>(p.bias)[n]);
+      }
       T* tile = reinterpret_cast<T*>(shared);
-      constexpr int kPitch = kFusedRows + 8;
 #pragma unroll
       for (int i = 0; i < M / 2; ++i) {
         const int m = i / 4 * 8 + 2 * t + (i & 1);
-        tile[m * kPitch + row + (i & 2 ? 8 : 0)] = from_float<T>(acc[i] + bias[i / 2 % 2]);
+        tile[m * kFusedPitch + row + (i & 2 ? 8 : 0)] = from_float<T>(acc[i] + bias[i / 2 % 2]);
       }
-      asm volatile("bar.sync 1, 256;\n" ::: "memory");
+      asm volatile("bar.sync 2, 256;\n" ::: "memory");
       T* out = static_cast<T*>(p.out);
       const bool whole = n0 + kFusedRows <= w.rows && w.rows % 8 == 0;
       for (int i = threadIdx.x; i < M * (kFusedRows / 8); i += 256) {
@@ -303,31 +335,12 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
         if (m0 + m >= p.m) break;
         T* to = out + static_cast<int64_t>(m0 + m) * w.rows + n0 + n;
         if (whole) {
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(tile + m * kPitch + n);
+          *reinterpret_cast<uint4*>(to) =
+              *reinterpret_cast<const uint4*>(tile + m * kFusedPitch + n);
         } else {
-          for (int j = 0; j < 8 && n0 + n + j < w.rows; ++j) to[j] = tile[m * kPitch + n + j];
+          for (int j = 0; j < 8 && n0 + n + j < w.rows; ++j) to[j] = tile[m * kFusedPitch + n + j];
         }
       }
-    }
-    if (gridDim.z > 1) {
-      // The blocks of a cluster hold sums over parts of K: each adds up its share of the input
-      // rows.
-      cluster_barrier();
-      const int splits = gridDim.z;
-      const int rows = min(M, p.m - m0);
-      const uint32_t tile = address(shared);
-      T* out = static_cast<T*>(p.out);
-      for (int i = threadIdx.x; i < ((rows + splits - 1) / splits) * kFusedRows; i += 256) {
-        const int m = i / kFusedRows * splits + blockIdx.z;
-        const int n = i % kFusedRows;
-        if (m >= rows || n0 + n >= p.w.rows) continue;
-        float value = 0.0f;
-        for (int s = 0; s < splits; ++s) {
-          value += read_cluster_float(tile + (m * kFusedSumPitch + n) * 4, s);
-        }
-        out[static_cast<int64_t>(m0 + m) * p.w.rows + n0 + n] = from_float<T>(value);
-      }
-      cluster_barrier();  // nobody leaves while others read
     }
   }
 #endif
@@ -337,15 +350,14 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks<M>)
 
 template <typename T, int BITS, int M, int GROUPS>
 void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info,
-                  cudaStream_t stream) {
+                  const Tensor& like, cudaStream_t stream) {
   const QuantizedWeight& w = call.w;
   const int64_t m_tiles = ceil_div(call.m, M);
   const int64_t n_tiles = ceil_div(w.rows, kFusedRows);
   const int64_t steps = ceil_div(w.in_features, kFusedDepth);
-  // Powers of two: other clusters leave more of a device's multiprocessors idle.
-  const int64_t room = int64_t{info.multiprocessors} * kFusedBlocks<M> / (m_tiles * n_tiles);
-  int64_t splits = 1;
-  while (splits < kFusedMostSplits && splits * 2 <= room && steps >= splits * 16) splits *= 2;
+  // A few idle multiprocessors cost less than adding up partial sums.
+  int64_t splits = std::max<int64_t>(
+      1, std::min<int64_t>(info.multiprocessors / (m_tiles * n_tiles), steps / 8));
   const int64_t split_steps = ceil_div(steps, splits);
   splits = ceil_div(steps, split_steps);
 
@@ -356,27 +368,35 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
   const CUtensorMap code_map = tensor_map(
       op, CU_TENSOR_MAP_DATA_TYPE_UINT8, w.codes, code_bytes(w.in_features, BITS), w.rows,
       w.codes_stride, kFusedDepth * BITS / 8, kFusedRows, CU_TENSOR_MAP_SWIZZLE_NONE);
+  std::optional<Tensor> partial;
+  if (splits > 1) partial = empty_on(like, {splits, call.m, w.rows}, ScalarType::Float);
   const FusedParams p{w,
                       call.bias,
                       call.out,
+                      splits > 1 ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
                       static_cast<int>(call.m),
                       std::min(group_shift(w), 31),
                       static_cast<int>(steps),
                       static_cast<int>(split_steps)};
-  constexpr int kShared =
-      (kFusedStageBytes<BITS, M> + kFusedScaleBytes<GROUPS>)*kFusedStages<BITS, M> + 1024;
-  static_assert(M * kFusedSumPitch * 4 <= kFusedStageBytes<BITS, M> * kFusedStages<BITS, M>);
+  constexpr int kStageBytes = kFusedStageBytes<BITS, M> + kFusedScaleBytes<GROUPS>;
+  constexpr int kShared = kStageBytes * kFusedStages<M> + 1024;
+  static_assert(M * kFusedPitch * 2 <= (kFusedPairs<M> > 1 ? kFusedSumOffset : kShared - 1024));
+  static_assert(kFusedSumOffset + (kFusedPairs<M> - 1) * M * 512 <= kShared - 1024);
   const auto kernel = fused_kernel<T, BITS, M, GROUPS>;
   check_cuda(op, "asking for shared memory",
              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   const dim3 grid(static_cast<unsigned>(m_tiles), static_cast<unsigned>(n_tiles),
                   static_cast<unsigned>(splits));
-  launch_overlapped(op, kernel, grid, kFusedThreads, kShared,
-                    dim3(1, 1, static_cast<unsigned>(splits)), stream, x_map, code_map, p);
+  launch_overlapped(op, kernel, grid, kFusedThreads<M>, kShared, dim3(1), stream, x_map, code_map,
+                    p);
+  if (splits > 1) {
+    launch_sum_partials(op, p.partial, splits, call.m, w.rows, call.bias, call.out, call.type,
+                        stream);
+  }
 }
 
 template <typename T>
-bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info,
+bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info, const Tensor& like,
                cudaStream_t stream) {
   const QuantizedWeight& w = call.w;
   const bool fits = info.major == 9 && aligned(call.x, 16) && call.x_stride % 8 == 0 &&
@@ -390,12 +410,14 @@ bool run_fused(const char* op, const MatmulCall& call, const DeviceInfo& info,
     const auto with_rows = [&](auto rows) {
       constexpr int kM = decltype(rows)::value;
       if (w.groups <= 1 || w.group_size >= kFusedDepth) {
-        launch_fused<T, kBits, kM, 1>(op, call, info, stream);
+        launch_fused<T, kBits, kM, 1>(op, call, info, like, stream);
       } else {
-        launch_fused<T, kBits, kM, 4>(op, call, info, stream);
+        launch_fused<T, kBits, kM, 4>(op, call, info, like, stream);
       }
     };
-    if (call.m <= 64) {
+    if (call.m <= 16) {
+      with_rows(std::integral_constant<int, 16>{});
+    } else if (call.m <= 64) {
       with_rows(std::integral_constant<int, 64>{});
     } else if (call.m <= 128) {
       with_rows(std::integral_constant<int, 128>{});

@@ -52,6 +52,14 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap* map
       : "memory");
 }
 
+// The same box into L2 only.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int inner, int outer) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];\n" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(inner), "r"(outer)
+               : "memory");
+}
+
 // In a kernel launched with launch_overlapped: waits until the kernels before it on the stream are
 // complete and their writes visible. Nothing that they may touch is read or written earlier.
 __device__ __forceinline__ void wait_for_previous() {
@@ -61,6 +69,11 @@ __device__ __forceinline__ void wait_for_previous() {
 // From here on the next kernel's blocks may start (and wait) beside this one's.
 __device__ __forceinline__ void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+}
+
+// The 32 bytes at an address to L2 only.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
 }
 
 // ---- clusters

@@ -78,9 +78,8 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
     });
     return found;
   };
-  // Few tiles: split K over the blocks of a cluster, a unit or more for each warp. Many input rows:
-  // half of them a block, which is also half the time to stage them.
-  int splits = p.m > 8 && chunks >= 8 ? 2 : 1;
+  // Few tiles: split K over the blocks of a cluster, a unit or more for each warp.
+  int splits = 1;
   while (splits < kStreamMostSplits && tiles * splits * 2 <= info.multiprocessors &&
          chunks >= int64_t{16} * splits) {
     splits *= 2;

@@ -5,7 +5,7 @@
 
 namespace mkrs::cuda {
 
-constexpr int kStreamRows = 16;   // input rows of one pass
+constexpr int kStreamRows = 8;    // input rows of one pass
 constexpr int kStreamTile = 16;   // weight rows of a tile
 constexpr int kStreamUnit = 512;  // k of a unit of work
 constexpr int kStreamBoxBytes = 128 * kStreamTile;

@@ -16,7 +16,10 @@
 //   contiguous part, so that warps meet once, in the end, to add the sums of tiles they share in a
 //   fixed order. Where the activations do not fit into shared memory, or the rows are few, K is
 //   also split over the blocks of a cluster, which add up through distributed shared memory.
-// - The kernel may be launched while the one before it still runs.
+// - The kernel may be launched while the one before it still runs. Until that is complete, nothing
+// is
+//   read but into L2, where codes and scales then wait: every write passes through L2, so that
+//   what is loaded afterwards cannot be stale.
 #pragma once
 
 #include "hopper.cuh"
@@ -40,6 +43,10 @@ constexpr int kStreamZeroBytes = kStreamUnit * 2 + 128;  // what unused columns 
 template <int BITS>
 constexpr int kStreamUnitBytes = BITS / 2 * kStreamBoxBytes;  // of codes
 
+// Units of a warp that are asked into L2 while the kernel before may still run.
+template <int BITS>
+constexpr int kStreamAhead = BITS == 8 ? 2 : 24 / (2 * BITS);
+
 // Byte offsets into shared memory; host and kernel agree through this one function.
 struct StreamLayout {
   int raw, x, zeros, sums, pairs, totals, total;
@@ -58,7 +65,7 @@ __host__ __device__ __forceinline__ StreamLayout stream_layout(const StreamParam
   return l;
 }
 
-// COLS: input rows, rounded up to 1, 2, 4, 8 or 16.
+// COLS: input rows, rounded up to 1, 4 or 8.
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParams p) {
 #if defined(MKRS_SM90)
@@ -69,10 +76,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   constexpr int kRunBytes = 2 * RUN * BITS;  // of a row
   constexpr int kLaneBytes = kRunBytes / 4;
   constexpr int kLaneWords = (RUN * BITS + 7) / 8;
-  constexpr int kTiles = COLS == 16 ? 2 : 1;         // of 8 columns
-  constexpr int kSpread = COLS >= 8 ? 1 : 8 / COLS;  // runs side by side in the columns
-  constexpr int kChains = kSpread > 1 ? 2 : 1;       // independent sums, against latency
-  constexpr int kPer = kRuns / 2;  // scales that a lane prepares: half a row of a unit
+  constexpr int kSpread = 8 / COLS;             // runs side by side in the columns
+  constexpr int kChains = kSpread > 1 ? 2 : 1;  // independent sums, against latency
+  constexpr int kPer = kRuns / 2;               // scales that a lane prepares: half a row of a unit
   constexpr int kPitch = kStreamPairPitch<RUN, COLS>;
   constexpr int kThreads = WARPS * 32;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -97,9 +103,6 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   const int mine = begin_of(warp + 1) - begin;
   const Cursor start{tile_begin + begin / count, begin % count};
 
-  wait_for_previous();
-  let_next_start();
-
   // ---- the stream of codes and scales ----
   const bool affine = w.scheme == Scheme::Affine;
   const bool asymmetric = w.scheme == Scheme::Asymmetric;
@@ -110,6 +113,35 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   const int64_t row_bytes = (w.in_features * BITS + 7) / 8;
   const int whole_tiles = static_cast<int>(w.rows / kStreamTile);
   const int whole_chunks = static_cast<int>(row_bytes / (kBoxes * 128));
+  {                                       // the first units' way into L2
+    constexpr int kSectors = kBoxes * 4;  // of 32 bytes, in a row of a unit
+    const int raw_units = p.raw_bytes > 0 ? kStreamAhead<BITS> : 0;
+    Cursor ahead = start;
+    for (int u = 0; u < min(mine, kStreamAhead<BITS>); ++u) {
+      const int tile_row = ahead.tile * kStreamTile;
+      const int chunk = first_chunk + ahead.chunk;
+#pragma unroll
+      for (int i = lane; i < kStreamTile * kSectors; i += 32) {
+        const int row = tile_row + i / kSectors;
+        const int64_t byte = int64_t{chunk} * (kBoxes * 128) + i % kSectors * 32;
+        if (row < w.rows && byte < row_bytes) prefetch_l2(w.codes + row * w.codes_stride + byte);
+      }
+      const int row = tile_row + pair_row;
+      const int group = (chunk * kRuns) >> p.run_shift;
+      if (u < raw_units && row < w.rows && group < w.groups) {
+        if (lane % 2 == 0) {
+          prefetch_l2(static_cast<const char*>(w.scale) +
+                      (row * w.scale_stride + group) * element_bytes);
+        } else if (p.zero_bytes > 0) {
+          prefetch_l2(static_cast<const char*>(w.zero) +
+                      (row * w.zero_stride + group) * zero_element_bytes);
+        }
+      }
+      ahead.advance(0, 1, count);
+    }
+  }
+  wait_for_previous();
+  let_next_start();
   const int copy_row = lane / 8;  // and 4, 8, 12 rows below
   const int copy_byte = lane % 8 * 16;
   const uint8_t* lane_codes =
@@ -268,7 +300,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   const int first_k = first_chunk * kStreamUnit;
   float* run_sums = reinterpret_cast<float*>(shared + at.sums);
   {
-    constexpr int kBatch = COLS <= 2 ? COLS : 4;    // loads in flight
+    constexpr int kBatch = 4;                       // loads in flight
     const int blocks = count * (kStreamUnit / 16);  // of 16 activations, per row
     const int all = blocks * p.m;
     const int end = static_cast<int>(w.in_features);
@@ -276,6 +308,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       uint32_t words[kBatch][8];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
+        if (base + b * kThreads >= all) break;
         const int i = base + b * kThreads + threadIdx.x;
         const int row = i / blocks;
         const int k = first_k + (i - row * blocks) * 16;
@@ -299,6 +332,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       }
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
+        if (base + b * kThreads >= all) break;
         const int i = base + b * kThreads + threadIdx.x;
         const int row = i / blocks;
         const int block = i - row * blocks;
@@ -340,9 +374,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       row * 128 + ((row * 16) ^ (t * kLaneBytes / 16 * 16)) + t * kLaneBytes % 16;
   const int ring_offset = warp * p.stages * kUnitBytes + lane_offset;
   const int my_row = g % COLS;  // input row of this lane's column
-  const int my_run = my_row < p.m ? g / (COLS > 8 ? 8 : COLS) : -1;
+  const int my_run = my_row < p.m ? g / COLS : -1;
   const int x_lane = at.x + (my_row * p.x_row + t * (RUN * 4)) * 2;
-  const int x_lane_high = at.x + ((8 + g) * p.x_row + t * (RUN * 4)) * 2;
   const int zero_lane = at.zeros + t * (RUN * 8);
   const unsigned char* lane_pairs = pairs + row * kPitch + (COLS < 8 ? 2 * t / COLS : 0) * 8;
   const float* lane_sums = run_sums + 2 * t;
@@ -358,33 +391,29 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   // Calls f(value, m, row of the tile) for each of the lane's sums.
   const auto each = [&](const auto& from, const auto& f) {
 #pragma unroll
-    for (int tc = 0; tc < kTiles; ++tc) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = tc * 8 + 2 * t + (i & 1);
-        if (column < p.m && column < COLS) f(from[tc][i], column, row + (i / 2) * 8);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int column = 2 * t + (i & 1);
+      if (column < p.m && column < COLS) f(from[i], column, row + (i / 2) * 8);
     }
   };
 
   Cursor now = start;
   int slot = 0;  // of the ring
-  float acc[kTiles][4] = {};
-  float first[kTiles][4] = {};  // sums of the first tile, which an earlier warp may share
+  float acc[4] = {};
+  float first[4] = {};  // sums of the first tile, which an earlier warp may share
   for (int done = 0; done < mine; ++done) {
     arrive();
     share(slot);
     __syncwarp();
     if (p.raw_bytes == 0 && done + 1 < mine) fetch();
     const int x_unit = x_lane + now.chunk * (kStreamUnit * 2);
-    const int x_high = 8 + g < p.m ? x_lane_high + now.chunk * (kStreamUnit * 2) : zero_lane;
     const float* unit_sums = lane_sums + now.chunk * (kRuns * COLS);
-    float sum[kChains][kTiles][4];
+    float sum[kChains][4];
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       if (r % kSpread == 0) {
 #pragma unroll
-        for (int i = 0; i < kChains * kTiles * 4; ++i) (&sum[0][0][0])[i] = 0.0f;
+        for (int i = 0; i < kChains * 4; ++i) (&sum[0][0])[i] = 0.0f;
       }
       constexpr int kMask = kRunBytes >= 16 ? ~0 : ~15;
       const int run_byte = r % kBoxRuns * kRunBytes;
@@ -411,26 +440,23 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
         }
         unpack_codes<T, BITS, RUN>(v, a[half]);
       }
+      uint32_t b[RUN * 2];
+      const unsigned char* x =
+          shared + (my_run == r % kSpread ? x_unit : zero_lane) + r * (RUN * 32);
+      if constexpr (RUN == 1) {
+        const uint2 v = *reinterpret_cast<const uint2*>(x);
+        b[0] = v.x, b[1] = v.y;
+      } else {
 #pragma unroll
-      for (int tc = 0; tc < kTiles; ++tc) {
-        uint32_t b[RUN * 2];
-        const int x = tc == 1 ? x_high : my_run == r % kSpread ? x_unit : zero_lane;
-        const unsigned char* from = shared + x + r * (RUN * 32);
-        if constexpr (RUN == 1) {
-          const uint2 v = *reinterpret_cast<const uint2*>(from);
-          b[0] = v.x, b[1] = v.y;
-        } else {
-#pragma unroll
-          for (int i = 0; i < RUN / 2; ++i) {
-            const uint4 v = reinterpret_cast<const uint4*>(from)[i];
-            b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
-          }
+        for (int i = 0; i < RUN / 2; ++i) {
+          const uint4 v = reinterpret_cast<const uint4*>(x)[i];
+          b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
         }
+      }
 #pragma unroll
-        for (int j = 0; j < RUN; ++j) {
-          mma(sum[j % kChains][tc], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
-              b[2 * j + 1], kind);
-        }
+      for (int j = 0; j < RUN; ++j) {
+        mma(sum[j % kChains], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
+            b[2 * j + 1], kind);
       }
       if (r % kSpread == kSpread - 1) {
         float4 low, high;  // (scale, shift) of columns 2t and 2t + 1
@@ -444,24 +470,21 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
           low = make_float4(l.x, l.y, l.x, l.y);
           high = make_float4(h.x, h.y, h.x, h.y);
         }
+        if constexpr (kChains == 2) {
 #pragma unroll
-        for (int tc = 0; tc < kTiles; ++tc) {
-          if constexpr (kChains == 2) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sum[0][tc][i] += sum[1][tc][i];
-          }
-          acc[tc][0] = fmaf(low.x, sum[0][tc][0], acc[tc][0]);
-          acc[tc][1] = fmaf(low.z, sum[0][tc][1], acc[tc][1]);
-          acc[tc][2] = fmaf(high.x, sum[0][tc][2], acc[tc][2]);
-          acc[tc][3] = fmaf(high.z, sum[0][tc][3], acc[tc][3]);
-          if (shifted) {
-            const float2 ones =
-                *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS + tc * 8);
-            acc[tc][0] = fmaf(low.y, ones.x, acc[tc][0]);
-            acc[tc][1] = fmaf(low.w, ones.y, acc[tc][1]);
-            acc[tc][2] = fmaf(high.y, ones.x, acc[tc][2]);
-            acc[tc][3] = fmaf(high.w, ones.y, acc[tc][3]);
-          }
+          for (int i = 0; i < 4; ++i) sum[0][i] += sum[1][i];
+        }
+        acc[0] = fmaf(low.x, sum[0][0], acc[0]);
+        acc[1] = fmaf(low.z, sum[0][1], acc[1]);
+        acc[2] = fmaf(high.x, sum[0][2], acc[2]);
+        acc[3] = fmaf(high.z, sum[0][3], acc[3]);
+        if (shifted) {
+          const float2 ones =
+              *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS);
+          acc[0] = fmaf(low.y, ones.x, acc[0]);
+          acc[1] = fmaf(low.w, ones.y, acc[1]);
+          acc[2] = fmaf(high.y, ones.x, acc[2]);
+          acc[3] = fmaf(high.w, ones.y, acc[3]);
         }
       }
     }
@@ -472,14 +495,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
     now.advance(0, 1, count);
     if (now.tile != tile || done + 1 == mine) {
       if constexpr (COLS == 1) {
-        acc[0][0] += acc[0][1];
-        acc[0][2] += acc[0][3];
+        acc[0] += acc[1];
+        acc[2] += acc[3];
       }
 #pragma unroll
       for (int offset = 1; offset < 4; offset *= 2) {
         if (COLS <= 2 * offset && COLS < 8) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[0][i] += __shfl_xor_sync(~0u, acc[0][i], offset);
+          for (int i = 0; i < 4; ++i) acc[i] += __shfl_xor_sync(~0u, acc[i], offset);
         }
       }
       const bool is_first = tile == start.tile;
@@ -494,9 +517,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       }
       if (is_first || done + 1 < mine) {
 #pragma unroll
-        for (int i = 0; i < kTiles * 4; ++i) {
-          if (is_first) (&first[0][0])[i] = (&acc[0][0])[i];
-          (&acc[0][0])[i] = 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          if (is_first) first[i] = acc[i];
+          acc[i] = 0.0f;
         }
       }
     }
@@ -571,11 +594,11 @@ void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t s
 
 // What a number of input rows runs as. Small groups take fewer variants.
 constexpr int stream_columns(int m, int run) {
-  return m > 8 ? 16 : run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
+  return run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
 }
 // As many warps as leave room for the activations of usual layers.
 constexpr int stream_warps(int bits, int run, int columns) {
-  return run < 4 ? 8 : bits == 8 || columns >= 8 ? 10 : 12;
+  return run < 4 ? 8 : bits == 8 || columns == 8 ? 10 : 12;
 }
 
 template <int BITS, int RUN, int COLS>
@@ -594,21 +617,13 @@ void dispatch_stream(int run, int m, const F& f) {
       f(StreamVariant<BITS, 4, 1>{});
     } else if (columns == 4) {
       f(StreamVariant<BITS, 4, 4>{});
-    } else if (columns == 8) {
-      f(StreamVariant<BITS, 4, 8>{});
     } else {
-      f(StreamVariant<BITS, 4, 16>{});
+      f(StreamVariant<BITS, 4, 8>{});
     }
   } else if (run == 2) {
-    if (columns == 8) {
-      f(StreamVariant<BITS, 2, 8>{});
-    } else {
-      f(StreamVariant<BITS, 2, 16>{});
-    }
-  } else if (columns == 8) {
-    f(StreamVariant<BITS, 1, 8>{});
+    f(StreamVariant<BITS, 2, 8>{});
   } else {
-    f(StreamVariant<BITS, 1, 16>{});
+    f(StreamVariant<BITS, 1, 8>{});
   }
 }
 

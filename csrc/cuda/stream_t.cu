@@ -1,7 +1,7 @@
 // input [m, N] @ W for few rows on Hopper.
 //
 // Floor: codes and scales read once over the memory bandwidth; at 4 bits and m = 1 a lane spends
-// about 4 instructions a weight, half the issue slots of an H100.
+// about 3.5 instructions a weight, half the issue slots of an H100.
 //
 // - Codes and scales come through private rings of asynchronous copies, as in stream_kernel.cuh: a
 //   lane reads the very codes that it asked for, so that warps wait for nobody else.
@@ -9,7 +9,9 @@
 //   of the rows; its warps meet once, in the end, and the blocks of a cluster, which share the
 //   columns, add up through distributed shared memory in a fixed order. Where clusters do not fill
 //   the device, partial sums go through memory.
-// - The kernel may be launched while the one before it still runs.
+// - Scales are turned into f32 pairs once a stage, by all lanes, so that the products are one
+//   straight line of code.
+// - The kernel may be launched while the one before it still runs: as stream_kernel.cuh, which see.
 #include "hopper.cuh"
 #include "mma.cuh"
 #include "sum_partials.cuh"
@@ -45,6 +47,7 @@ struct StreamTParams {
   float* partial;  // [splits, m, K] where blocks form no clusters, else null
   int shift;       // of group sizes
   int split_rows;
+  int groups_log2;  // groups in a tile's row
   int padded_rows;  // of x in shared memory
   int scale_bytes;  // of a tile's row
   int zero_bytes;
@@ -52,14 +55,15 @@ struct StreamTParams {
 
 // Byte offsets into shared memory; host and kernel agree through this one function.
 struct StreamTLayout {
-  int raw, x, totals, total;
+  int raw, pairs, x, totals, total;
 };
 
 template <int BITS, int M>
 __host__ __device__ __forceinline__ StreamTLayout stream_t_layout(const StreamTParams& p) {
   StreamTLayout l;
   l.raw = kWarps * kStages * kStageBytes<BITS>;
-  l.x = l.raw + kWarps * kStages * kStageRows<BITS> * (p.scale_bytes + p.zero_bytes);
+  l.pairs = l.raw + kWarps * kStages * kStageRows<BITS> * (p.scale_bytes + p.zero_bytes);
+  l.x = l.pairs + kWarps * (kStageRows<BITS> * 8 << p.groups_log2);
   l.totals = l.x + M * p.padded_rows * 4;
   l.total = l.totals + M * kTile * 4;
   return l;
@@ -85,9 +89,6 @@ __global__ void __launch_bounds__(kThreads, 1) stream_t_kernel(const StreamTPara
   const int stages = (end - begin + kRows - 1) / kRows;  // of the block
   const int mine = (stages + kWarps - 1 - warp) / kWarps;
 
-  wait_for_previous();
-  let_next_start();
-
   // ---- the stream of codes and scales ----
   const int64_t row_bytes = (w.in_features * BITS + 7) / 8;
   const int64_t lane_byte = (tile_k + column) * BITS / 8;
@@ -109,26 +110,49 @@ __global__ void __launch_bounds__(kThreads, 1) stream_t_kernel(const StreamTPara
   const int raw_valid = static_cast<int>(
       max(int64_t{0}, min(int64_t{raw_bytes}, (w.groups - first_group) * raw_element)));
   const int raw_to = raw_ring + (raw_which == 1 ? kRows * p.scale_bytes : 0) + raw_of * raw_bytes;
+  for (int stage = 0; stage < min(mine, kStages); ++stage) {  // the first ones' way into L2
+    const int first = begin + (stage * kWarps + warp) * kRows;
+#pragma unroll
+    for (int i = lane; i < kRows * BITS; i += 32) {  // 32 bytes of BITS in a tile's row
+      const int row = first + i / BITS;
+      const int64_t byte = tile_k * BITS / 8 + i % BITS * 32;
+      if (row < end && byte < row_bytes) prefetch_l2(w.codes + row * w.codes_stride + byte);
+    }
+    if (raw_valid > 0 && first + raw_of < end) {
+      prefetch_l2(raw_from + (first + raw_of) * raw_stride + first_group * raw_element);
+    }
+  }
+  wait_for_previous();
+  let_next_start();
+  const bool whole_tile = tile_k + kTile <= w.in_features;
   int asked = 0;
   int ask_slot = 0;
   const auto ask = [&] {  // for the next stage
     if (asked < mine) {
       const int first = begin + (asked * kWarps + warp) * kRows;
-      const uint8_t* source =
-          w.codes + static_cast<int64_t>(first + side * kHalfRows) * w.codes_stride + lane_byte;
+      const int64_t row = first + side * kHalfRows;
+      const char* from = reinterpret_cast<const char*>(w.codes) + row * w.codes_stride + lane_byte;
+      const uint32_t to = ring + ask_slot * kStageBytes<BITS>;
+      if (whole_tile && first + kRows <= end) {
 #pragma unroll
-      for (int i = 0; i < kHalfRows; ++i) {
-        const int valid = first + side * kHalfRows + i < end ? lane_valid : 0;
-        const uint8_t* from = valid > 0 ? source + i * w.codes_stride : w.codes;
-        copy_async(ring + ask_slot * kStageBytes<BITS> + i * 32 * kLaneBytes,
-                   reinterpret_cast<const char*>(from), kLaneBytes, valid);
+        for (int i = 0; i < kHalfRows; ++i) {
+          copy_async(to + i * 32 * kLaneBytes, from, kLaneBytes, kLaneBytes);
+          from += w.codes_stride;
+        }
+      } else {
+        for (int i = 0; i < kHalfRows; ++i) {
+          const int valid = row + i < end ? lane_valid : 0;
+          copy_async(to + i * 32 * kLaneBytes,
+                     valid > 0 ? from + i * w.codes_stride : reinterpret_cast<const char*>(w.codes),
+                     kLaneBytes, valid);
+        }
       }
       if (raw_bytes > 0) {
-        const int row = first + raw_of;
-        const int valid = row < end ? raw_valid : 0;
-        const char* from =
-            valid > 0 ? raw_from + row * raw_stride + first_group * raw_element : raw_from;
-        copy_async(base + raw_to + ask_slot * kRows * raw_row, from, raw_bytes, valid);
+        const int valid = first + raw_of < end ? raw_valid : 0;
+        copy_async(base + raw_to + ask_slot * kRows * raw_row,
+                   valid > 0 ? raw_from + (first + raw_of) * raw_stride + first_group * raw_element
+                             : raw_from,
+                   raw_bytes, valid);
       }
       ++asked;
       ask_slot = (ask_slot + 1) % kStages;
@@ -165,19 +189,44 @@ __global__ void __launch_bounds__(kThreads, 1) stream_t_kernel(const StreamTPara
   }
   __syncthreads();
 
+  // ---- scales of a stage, as (scale, shift) with w = element * scale + shift ----
+  float2* pairs = reinterpret_cast<float2*>(shared + at.pairs) + warp * (kRows << p.groups_log2);
+  const auto share = [&](int slot) {
+    const unsigned char* scales = shared + raw_ring + slot * kRows * raw_row;
+    const unsigned char* zeros = scales + kRows * p.scale_bytes;
+    const int mask = (1 << p.groups_log2) - 1;
+    for (int i = lane; i < kRows << p.groups_log2; i += 32) {
+      const unsigned char* scale = scales + (i >> p.groups_log2) * p.scale_bytes;
+      const unsigned char* zero = zeros + (i >> p.groups_log2) * p.zero_bytes;
+      const int group = i & mask;
+      RawGroup raw{0, 0};
+      if (element == 4) {
+        raw.scale = reinterpret_cast<const uint32_t*>(scale)[group];
+        if (w.scheme == Scheme::Affine) raw.zero = reinterpret_cast<const uint32_t*>(zero)[group];
+      } else {
+        raw.scale = reinterpret_cast<const unsigned short*>(scale)[group];
+        if (w.scheme == Scheme::Affine) {
+          raw.zero = reinterpret_cast<const unsigned short*>(zero)[group];
+        }
+      }
+      if (w.scheme == Scheme::Asymmetric) raw.zero = zero[group];
+      const Group g = finish_group(w, raw);
+      pairs[i] = make_float2(g.scale * ColumnCodes<BITS>::kInverseFactor,
+                             fmaf(g.scale, -(ColumnCodes<BITS>::kBias + g.zero), g.offset));
+    }
+  };
+
   float acc[M][kLaneColumns] = {};
   float shifts[M] = {};
-  const int lane_group = column >> p.shift;
+  const float2* lane_pairs = pairs + (side * kHalfRows << p.groups_log2) + (column >> p.shift);
   const int lane_ring = warp * kStages * kStageBytes<BITS> + lane * kLaneBytes;
   int slot = 0;
   for (int done = 0; done < mine; ++done) {
     copy_async_wait<kStages - 1>();
     __syncwarp();
+    share(slot);
+    __syncwarp();
     const unsigned char* from = shared + lane_ring + slot * kStageBytes<BITS>;
-    const unsigned char* scales =
-        shared + raw_ring + slot * kRows * raw_row + side * kHalfRows * p.scale_bytes;
-    const unsigned char* zeros = shared + raw_ring + slot * kRows * raw_row +
-                                 kRows * p.scale_bytes + side * kHalfRows * p.zero_bytes;
     const float* input = inputs + (done * kWarps + warp) * kRows + side * kHalfRows;
 #pragma unroll
     for (int i = 0; i < kHalfRows; ++i) {
@@ -191,29 +240,14 @@ __global__ void __launch_bounds__(kThreads, 1) stream_t_kernel(const StreamTPara
       } else {
         codes.words[0] = *reinterpret_cast<const uint32_t*>(from + i * 32 * kLaneBytes);
       }
-      RawGroup raw{0, 0};
-      const unsigned char* scale = scales + i * p.scale_bytes;
-      const unsigned char* zero = zeros + i * p.zero_bytes;
-      if (element == 4) {
-        raw.scale = reinterpret_cast<const uint32_t*>(scale)[lane_group];
-        if (w.scheme == Scheme::Affine)
-          raw.zero = reinterpret_cast<const uint32_t*>(zero)[lane_group];
-      } else {
-        raw.scale = reinterpret_cast<const unsigned short*>(scale)[lane_group];
-        if (w.scheme == Scheme::Affine) {
-          raw.zero = reinterpret_cast<const unsigned short*>(zero)[lane_group];
-        }
-      }
-      if (w.scheme == Scheme::Asymmetric) raw.zero = zero[lane_group];
-      const Group g = finish_group(w, raw);
-      const float shift = fmaf(g.scale, -(ColumnCodes<BITS>::kBias + g.zero), g.offset);
+      const float2 pair = lane_pairs[i << p.groups_log2];
       float v[kLaneColumns];
       codes.elements(v);
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         const float x = input[m * p.padded_rows + i];
-        const float scaled = x * g.scale * ColumnCodes<BITS>::kInverseFactor;
-        shifts[m] = fmaf(x, shift, shifts[m]);
+        const float scaled = x * pair.x;
+        shifts[m] = fmaf(x, pair.y, shifts[m]);
 #pragma unroll
         for (int c = 0; c < kLaneColumns; ++c) acc[m][c] = fmaf(scaled, v[c], acc[m][c]);
       }
@@ -323,6 +357,7 @@ bool run_stream_t(const char* op, const QuantizedWeight& w, const void* x, int64
   p.out = out;
   p.shift = group_shift(w);
   const int groups = static_cast<int>(kTile / w.group_size);
+  while ((1 << p.groups_log2) < groups) ++p.groups_log2;
   const auto copyable = [&](const void* data, int64_t stride, int element, int* bytes) {
     *bytes = groups * element;
     const int step = std::min(*bytes, 16);
