@@ -33,7 +33,15 @@ struct FusedParams {
   int shift;
   int steps;        // stages' worth of k in a row
   int split_steps;  // of one block
+  // Scales are 16 bits wide and aligned so that a producer thread can load those of kFusedBatch
+  // steps at once. log2 of the steps that share one.
+  bool batched;
+  int batch_shift;
 };
+
+// Steps whose scales a producer thread holds. Few loads, each for many steps: a warp that waits for
+// one of many loads in flight often waits for the youngest of them.
+constexpr int kFusedBatch = 8;
 
 template <int BITS>
 constexpr int kFusedCodeBytes = kFusedRows * kFusedDepth * BITS / 8;
@@ -128,6 +136,43 @@ __device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float hi
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
+// 4, 8 or 16 bytes, in aligned halves of which the second may be missing.
+__device__ __forceinline__ void load_words(const char* from, int bytes, bool whole,
+                                           uint32_t (&words)[4]) {
+  if (bytes == 16) {
+    const uint2 low = __ldg(reinterpret_cast<const uint2*>(from));
+    words[0] = low.x, words[1] = low.y;
+    if (whole) {
+      const uint2 high = __ldg(reinterpret_cast<const uint2*>(from) + 1);
+      words[2] = high.x, words[3] = high.y;
+    }
+  } else {
+    words[0] = __ldg(reinterpret_cast<const uint32_t*>(from));
+    if (bytes == 8 && whole) words[1] = __ldg(reinterpret_cast<const uint32_t*>(from) + 1);
+  }
+}
+
+// Eight bytes to eight halves.
+__device__ __forceinline__ void widen_bytes(uint32_t (&words)[4]) {
+  const uint32_t low = words[0];
+  const uint32_t high = words[1];
+  words[0] = __byte_perm(low, 0, 0x4140);
+  words[1] = __byte_perm(low, 0, 0x4342);
+  words[2] = __byte_perm(high, 0, 0x4140);
+  words[3] = __byte_perm(high, 0, 0x4342);
+}
+
+// Each of the first 8 >> shift halves 1 << shift times; shift is 0, 1 or 2.
+__device__ __forceinline__ void spread_halves(const uint32_t (&from)[4], int shift,
+                                              uint32_t (&to)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t twice = __byte_perm(from[i / 2], 0, i % 2 ? 0x3232 : 0x1010);
+    const uint32_t four = __byte_perm(from[0], 0, i / 2 ? 0x3232 : 0x1010);
+    to[i] = shift == 0 ? from[i] : shift == 1 ? twice : four;
+  }
+}
+
 // Grid (input tiles, weight tiles, splits of K). GROUPS: scales per stage and row, 1 or 4.
 template <typename T, int BITS, int M, int GROUPS>
 __global__ void __launch_bounds__(kFusedThreads<M>, 1)
@@ -155,7 +200,7 @@ __global__ void __launch_bounds__(kFusedThreads<M>, 1)
     }
     barrier_init_fence();
   }
-  constexpr int kAhead = GROUPS == 1 ? 8 : 2;  // steps whose raw scales a producer thread holds
+  constexpr int kAhead = GROUPS == 1 ? kFusedBatch : 2;
   float2* all_scales = reinterpret_cast<float2*>(shared + kStages * kStageBytes);
   const int m0 = blockIdx.x * M;
   const int n0 = blockIdx.y * kFusedRows;
@@ -176,37 +221,86 @@ __global__ void __launch_bounds__(kFusedThreads<M>, 1)
     const int r = threadIdx.x - kFusedConsumers<M>;
     const int64_t n = n0 + r;
     const QuantizedWeight& w = p.w;
-    RawGroup raw[kAhead][GROUPS];
-    const auto fetch = [&](int s, RawGroup(&to)[GROUPS]) {
-      const int k = (first + s) * kFusedDepth;
-#pragma unroll
-      for (int i = 0; i < GROUPS; ++i) {
-        const int at = k + i * (kFusedDepth / GROUPS);
-        to[i] = RawGroup{0, 0};
-        if (s < steps && n < w.rows && at < w.in_features) to[i] = load_group(w, n, at >> p.shift);
+    // Waits for step s's stage and has its inputs and codes copied.
+    const auto fill = [&](int s) {
+      const int stage = s % kStages;
+      if (s >= kStages) barrier_wait(empty + 8 * stage, (s / kStages - 1) & 1);
+      if (r == 0) {
+        const uint32_t barrier = full + 8 * stage;
+        const uint32_t target = address(shared + stage * kStageBytes);
+        barrier_expect(barrier, kStageBytes);
+        copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
+        copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
       }
     };
+    const auto share = [&](int s, const RawGroup(&raw)[GROUPS]) {
+      const int stage = s % kStages;
+      float2* scales = all_scales + stage * (GROUPS * kFusedRows) + r;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) fetch(i, raw[i]);
-    for (int base = 0; base < steps; base += kAhead) {
+      for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = fused_scale<BITS>(w, raw[j]);
+      barrier_arrive(full + 8 * stage);
+    };
+    if (GROUPS == 1 && p.batched) {
+      const bool inside = n < w.rows;
+      const int64_t column = first >> p.batch_shift;
+      const char* scale = static_cast<const char*>(w.scale) + (n * w.scale_stride + column) * 2;
+      const bool narrow = w.scheme == Scheme::Asymmetric;  // zero points of a byte
+      const char* zero =
+          static_cast<const char*>(w.zero) + (n * w.zero_stride + column) * (narrow ? 1 : 2);
+      const int scale_bytes = 2 * kFusedBatch >> p.batch_shift;
+      const int zero_bytes = w.scheme == Scheme::Symmetric ? 0
+                             : narrow                      ? scale_bytes / 2
+                                                           : scale_bytes;
+      uint32_t scale_next[4] = {};
+      uint32_t zero_next[4] = {};
+      const auto fetch = [&](int base) {
+        if (base >= steps || !inside) return;
+        const int batch = base / kFusedBatch;
+        const bool whole = p.batch_shift > 0 || base + kFusedBatch / 2 < steps;
+        load_words(scale + batch * scale_bytes, scale_bytes, whole, scale_next);
+        if (zero_bytes > 0) load_words(zero + batch * zero_bytes, zero_bytes, whole, zero_next);
+      };
+      fetch(0);
+      for (int base = 0; base < steps; base += kFusedBatch) {
+        uint32_t scale_now[4];
+        uint32_t zero_now[4];
+        spread_halves(scale_next, p.batch_shift, scale_now);
+        if (narrow) widen_bytes(zero_next);
+        spread_halves(zero_next, p.batch_shift, zero_now);
+        fetch(base + kFusedBatch);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int s = base + i;
-        if (s >= steps) break;
-        const int stage = s % kStages;
-        if (s >= kStages) barrier_wait(empty + 8 * stage, (s / kStages - 1) & 1);
-        const uint32_t barrier = full + 8 * stage;
-        if (r == 0) {
-          const uint32_t target = address(shared + stage * kStageBytes);
-          barrier_expect(barrier, kStageBytes);
-          copy_box(target, &x_map, (first + s) * kFusedDepth, m0, barrier);
-          copy_box(target + kInputBytes, &code_map, (first + s) * kRowBytes, n0, barrier);
+        for (int i = 0; i < kFusedBatch; ++i) {
+          if (base + i >= steps) break;
+          fill(base + i);
+          RawGroup raw[GROUPS];
+          raw[0] = RawGroup{scale_now[i / 2] >> (i % 2 * 16) & 0xffffu,
+                            zero_now[i / 2] >> (i % 2 * 16) & 0xffffu};
+          share(base + i, raw);
         }
-        float2* scales = all_scales + stage * (GROUPS * kFusedRows) + r;
+      }
+    } else {
+      RawGroup raw[kAhead][GROUPS];
+      const auto fetch = [&](int s, RawGroup(&to)[GROUPS]) {
+        const int k = (first + s) * kFusedDepth;
 #pragma unroll
-        for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = fused_scale<BITS>(w, raw[i][j]);
-        barrier_arrive(barrier);
-        fetch(s + kAhead, raw[i]);
+        for (int i = 0; i < GROUPS; ++i) {
+          const int at = k + i * (kFusedDepth / GROUPS);
+          to[i] = RawGroup{0, 0};
+          if (s < steps && n < w.rows && at < w.in_features) {
+            to[i] = load_group(w, n, at >> p.shift);
+          }
+        }
+      };
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) fetch(i, raw[i]);
+      for (int base = 0; base < steps; base += kAhead) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (base + i >= steps) break;
+          fill(base + i);
+          share(base + i, raw[i]);
+          fetch(base + i + kAhead, raw[i]);
+        }
       }
     }
   } else {
@@ -358,7 +452,23 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
   // A few idle multiprocessors cost less than adding up partial sums.
   int64_t splits = std::max<int64_t>(
       1, std::min<int64_t>(info.multiprocessors / (m_tiles * n_tiles), steps / 8));
-  const int64_t split_steps = ceil_div(steps, splits);
+  // Can scales be loaded for kFusedBatch steps at once?
+  int batch_shift = 0;
+  while ((int64_t{kFusedDepth} << batch_shift) < w.group_size) ++batch_shift;
+  const int scale_bytes = 2 * kFusedBatch >> batch_shift;
+  const int zero_bytes = w.scheme == Scheme::Asymmetric ? scale_bytes / 2 : scale_bytes;
+  const auto loadable = [](const void* data, int64_t stride_bytes, int bytes) {
+    const int half = std::max(4, bytes / 2);
+    return bytes >= 4 && aligned(data, half) && stride_bytes % half == 0;
+  };
+  const bool batched =
+      GROUPS == 1 && w.groups > 1 && w.scale_type != Float::F32 && batch_shift <= 2 &&
+      steps % (batch_shift == 0 ? kFusedBatch / 2 : kFusedBatch) == 0 &&
+      loadable(w.scale, w.scale_stride * 2, scale_bytes) &&
+      (w.scheme == Scheme::Symmetric ||
+       loadable(w.zero, w.zero_stride * (w.scheme == Scheme::Asymmetric ? 1 : 2), zero_bytes));
+  int64_t split_steps = ceil_div(steps, splits);
+  if (batched) split_steps = ceil_div(split_steps, kFusedBatch) * kFusedBatch;
   splits = ceil_div(steps, split_steps);
 
   constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -377,7 +487,9 @@ void launch_fused(const char* op, const MatmulCall& call, const DeviceInfo& info
                       static_cast<int>(call.m),
                       std::min(group_shift(w), 31),
                       static_cast<int>(steps),
-                      static_cast<int>(split_steps)};
+                      static_cast<int>(split_steps),
+                      batched,
+                      batch_shift};
   constexpr int kStageBytes = kFusedStageBytes<BITS, M> + kFusedScaleBytes<GROUPS>;
   constexpr int kShared = kStageBytes * kFusedStages<M> + 1024;
   static_assert(M * kFusedPitch * 2 <= (kFusedPairs<M> > 1 ? kFusedSumOffset : kShared - 1024));

@@ -113,28 +113,32 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   const int64_t row_bytes = (w.in_features * BITS + 7) / 8;
   const int whole_tiles = static_cast<int>(w.rows / kStreamTile);
   const int whole_chunks = static_cast<int>(row_bytes / (kBoxes * 128));
-  {                                       // the first units' way into L2
+  {                                       // the first units' way into L2, where they are whole
     constexpr int kSectors = kBoxes * 4;  // of 32 bytes, in a row of a unit
-    const int raw_units = p.raw_bytes > 0 ? kStreamAhead<BITS> : 0;
-    Cursor ahead = start;
-    for (int u = 0; u < min(mine, kStreamAhead<BITS>); ++u) {
-      const int tile_row = ahead.tile * kStreamTile;
-      const int chunk = first_chunk + ahead.chunk;
-#pragma unroll
-      for (int i = lane; i < kStreamTile * kSectors; i += 32) {
-        const int row = tile_row + i / kSectors;
-        const int64_t byte = int64_t{chunk} * (kBoxes * 128) + i % kSectors * 32;
-        if (row < w.rows && byte < row_bytes) prefetch_l2(w.codes + row * w.codes_stride + byte);
+    constexpr int kStep = 32 / kSectors;  // rows of a warp's requests
+    const uint8_t* lane_sector = w.codes + lane / kSectors * w.codes_stride + lane % kSectors * 32;
+    const int64_t step = kStep * w.codes_stride;
+    if (mine > 0 && start.tile * kStreamTile + pair_row < w.rows) {  // scales of two units or more
+      const int64_t row = start.tile * kStreamTile + pair_row;
+      const int64_t group = int64_t{(first_chunk + start.chunk) * kRuns} >> p.run_shift;
+      if (p.scale_bytes > 0 && lane % 2 == 0) {
+        prefetch_l2(static_cast<const char*>(w.scale) +
+                    (row * w.scale_stride + group) * element_bytes);
+      } else if (p.zero_bytes > 0) {
+        prefetch_l2(static_cast<const char*>(w.zero) +
+                    (row * w.zero_stride + group) * zero_element_bytes);
       }
-      const int row = tile_row + pair_row;
-      const int group = (chunk * kRuns) >> p.run_shift;
-      if (u < raw_units && row < w.rows && group < w.groups) {
-        if (lane % 2 == 0) {
-          prefetch_l2(static_cast<const char*>(w.scale) +
-                      (row * w.scale_stride + group) * element_bytes);
-        } else if (p.zero_bytes > 0) {
-          prefetch_l2(static_cast<const char*>(w.zero) +
-                      (row * w.zero_stride + group) * zero_element_bytes);
+    }
+    Cursor ahead = start;
+#pragma unroll 1
+    for (int u = 0; u < min(mine, kStreamAhead<BITS>); ++u) {
+      if (ahead.tile < whole_tiles && first_chunk + ahead.chunk < whole_chunks) {
+        const uint8_t* sector = lane_sector + int64_t{ahead.tile} * kStreamTile * w.codes_stride +
+                                int64_t{first_chunk + ahead.chunk} * (kBoxes * 128);
+#pragma unroll
+        for (int i = 0; i < kStreamTile / kStep; ++i) {
+          prefetch_l2(sector);
+          sector += step;
         }
       }
       ahead.advance(0, 1, count);
@@ -144,23 +148,42 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   let_next_start();
   const int copy_row = lane / 8;  // and 4, 8, 12 rows below
   const int copy_byte = lane % 8 * 16;
-  const uint8_t* lane_codes =
-      w.codes + copy_row * w.codes_stride + int64_t{first_chunk} * (kBoxes * 128) + copy_byte;
   const int64_t four_rows = 4 * w.codes_stride;
   const uint32_t ring = shared_address(shared) + warp * p.stages * kUnitBytes;
   const uint32_t ring_even = ring + copy_row * 128 + (copy_byte ^ copy_row * 16);
   const uint32_t ring_odd = ring + (copy_row + 4) * 128 + (copy_byte ^ (copy_row + 4) * 16);
   const int raw_lane = at.raw + (warp * p.stages * 32 + lane) * p.raw_bytes;
   Cursor ask_at = start;
+  // Of the unit to ask for, moved on with ask_at: the lane's first codes, scale and zero.
+  const int64_t start_row = int64_t{start.tile} * kStreamTile;
+  const int64_t start_chunk = first_chunk + start.chunk;
+  const int64_t start_group = (start_chunk * kRuns + pair_run) >> p.run_shift;
+  const int chunk_groups = kRuns >> p.run_shift;
+  const uint8_t* source =
+      w.codes + (start_row + copy_row) * w.codes_stride + start_chunk * (kBoxes * 128) + copy_byte;
+  const char* scale_source =
+      static_cast<const char*>(w.scale) +
+      ((start_row + pair_row) * w.scale_stride + start_group) * element_bytes;
+  const char* zero_source =
+      static_cast<const char*>(w.zero) +
+      ((start_row + pair_row) * w.zero_stride + start_group) * zero_element_bytes;
+  // From the end of a tile's units to the next tile.
+  const int64_t next_codes = 4 * four_rows - int64_t{count} * (kBoxes * 128);
+  const int64_t next_scale =
+      (kStreamTile * w.scale_stride - int64_t{count} * chunk_groups) * element_bytes;
+  const int64_t next_zero =
+      (kStreamTile * w.zero_stride - int64_t{count} * chunk_groups) * zero_element_bytes;
+  // The usual form of scales, which needs no loop over what a lane copies.
+  const bool eights = p.scale_bytes == 8 && (p.zero_bytes == 8 || p.zero_bytes == 0);
   int asked = 0;
   int ask_slot = 0;
   const auto ask = [&] {  // for the next unit
     if (asked < mine) {
-      const uint8_t* source =
-          lane_codes + ask_at.tile * (4 * four_rows) + ask_at.chunk * (kBoxes * 128);
       const uint32_t even = ring_even + ask_slot * kUnitBytes;
       const uint32_t odd = ring_odd + ask_slot * kUnitBytes;
-      if (ask_at.tile < whole_tiles && first_chunk + ask_at.chunk < whole_chunks) {
+      const uint32_t raw = shared_address(shared) + raw_lane + ask_slot * (32 * p.raw_bytes);
+      const bool whole = ask_at.tile < whole_tiles && first_chunk + ask_at.chunk < whole_chunks;
+      if (whole) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -183,22 +206,31 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
           }
         }
       }
-      if (p.raw_bytes > 0) {
-        const int row = ask_at.tile * kStreamTile + pair_row;
+      if (whole && eights) {
+        copy_async(raw, scale_source, 8, 8);
+        if (p.zero_bytes > 0) copy_async(raw + 8, zero_source, 8, 8);
+      } else if (p.raw_bytes > 0) {
         const int group = ((first_chunk + ask_at.chunk) * kRuns + pair_run) >> p.run_shift;
-        const int left = row < w.rows ? max(0, static_cast<int>(w.groups) - group) : 0;
-        const uint32_t to = shared_address(shared) + raw_lane + ask_slot * (32 * p.raw_bytes);
-        const int64_t at_scale = left > 0 ? row * w.scale_stride + group : 0;
-        copy_async(to, static_cast<const char*>(w.scale) + at_scale * element_bytes, p.scale_bytes,
+        const int left = ask_at.tile * kStreamTile + pair_row < w.rows
+                             ? max(0, static_cast<int>(w.groups) - group)
+                             : 0;
+        copy_async(raw, left > 0 ? scale_source : static_cast<const char*>(w.scale), p.scale_bytes,
                    min(p.scale_bytes, left * element_bytes));
         if (p.zero_bytes > 0) {
-          const int64_t at_zero = left > 0 ? row * w.zero_stride + group : 0;
-          copy_async(to + p.scale_bytes,
-                     static_cast<const char*>(w.zero) + at_zero * zero_element_bytes, p.zero_bytes,
-                     min(p.zero_bytes, left * zero_element_bytes));
+          copy_async(raw + p.scale_bytes, left > 0 ? zero_source : static_cast<const char*>(w.zero),
+                     p.zero_bytes, min(p.zero_bytes, left * zero_element_bytes));
         }
       }
-      ask_at.advance(0, 1, count);
+      source += kBoxes * 128;
+      scale_source += chunk_groups * element_bytes;
+      zero_source += chunk_groups * zero_element_bytes;
+      if (++ask_at.chunk == count) {
+        ask_at.chunk = 0;
+        ++ask_at.tile;
+        source += next_codes;
+        scale_source += next_scale;
+        zero_source += next_zero;
+      }
       ask_slot = ask_slot + 1 == p.stages ? 0 : ask_slot + 1;
       ++asked;
     }
@@ -300,7 +332,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   const int first_k = first_chunk * kStreamUnit;
   float* run_sums = reinterpret_cast<float*>(shared + at.sums);
   {
-    constexpr int kBatch = 4;                       // loads in flight
+    constexpr int kBatch = COLS == 1 ? 2 : 4;       // loads in flight
     const int blocks = count * (kStreamUnit / 16);  // of 16 activations, per row
     const int all = blocks * p.m;
     const int end = static_cast<int>(w.in_features);
