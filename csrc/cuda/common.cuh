@@ -175,16 +175,6 @@ __device__ __forceinline__ float load_float(const void* data, int64_t i, Float t
   return raw_to_float(load_raw(data, i, type), type);
 }
 
-__device__ __forceinline__ void store_float(void* data, int64_t i, Float type, float x) {
-  if (type == Float::F32) {
-    static_cast<float*>(data)[i] = x;
-  } else if (type == Float::F16) {
-    static_cast<__half*>(data)[i] = __float2half_rn(x);
-  } else {
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
-  }
-}
-
 // One formula for the three schemes: w = scale * (q - zero) + offset, where adding the offset -0.0
 // of symmetric and asymmetric groups changes no value, not even the sign of a zero.
 struct Group {

@@ -7,19 +7,83 @@
 // into scratch once.
 #include "dequantize_rows.cuh"
 #include "sum_partials.cuh"
-#include "transposed.cuh"
 
 namespace mkrs::cuda {
 namespace {
 
-constexpr int kTile = 32 * kLaneColumns;
+constexpr int kColumns = 16;  // of a lane: never more than one group
+constexpr int kTile = 32 * kColumns;
 constexpr int kWarps = 8;
 // Rows a lane has in flight; several input rows need the registers for their sums.
 template <int M>
 constexpr int kUnroll = M == 1 ? 8 : 4;
+constexpr int kMostRows = 4;  // input rows of one pass
 constexpr int kBlocksPerSm = 2;
 // Above this many passes the dense route is faster (measured on an H100).
-constexpr int kMostPasses = 4;
+constexpr int kMostPasses = 2;
+
+// Codes become floats by placing them high in the mantissa of a constant: element() is
+// (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
+// the end costs no accuracy.
+template <int BITS>
+struct Lane {
+  static constexpr int kWords = BITS / 2;
+  static constexpr float kBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
+  static constexpr float kInverseFactor = BITS == 8 ? 1.0f : 2.0f;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void load(const uint8_t* p, bool vector, int bytes) {
+    if (vector) {
+      if constexpr (BITS == 8) {
+        const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+      } else if constexpr (BITS == 4) {
+        const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
+        words[0] = v.x, words[1] = v.y;
+      } else {
+        words[0] = __ldg(reinterpret_cast<const uint32_t*>(p));
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kWords; ++i) {
+      if (i < bytes) words[i / 4] |= static_cast<uint32_t>(__ldg(p + i)) << (i % 4 * 8);
+    }
+  }
+
+  __device__ __forceinline__ void elements(float (&v)[kColumns]) const {
+    if constexpr (BITS == 8) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const uint32_t bits = __byte_perm(words[i / 4], 0x4bu, 0x4550 + i % 4);
+        v[i] = __uint_as_float(bits) - 8388608.0f;
+      }
+    } else if constexpr (BITS == 4) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t even = (words[i] << 3) & 0x78787878u;
+        const uint32_t odd = (words[i] >> 1) & 0x78787878u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // 8 + q / 2
+          v[8 * i + 2 * j] = __uint_as_float(__byte_perm(even, 0x41u, 0x4055 + (j << 8)));
+          v[8 * i + 2 * j + 1] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4055 + (j << 8)));
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t shifted = c < 3 ? words[0] << (5 - 2 * c) : words[0] >> 1;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // 2 + q / 2
+          v[4 * j + c] =
+              __uint_as_float(__byte_perm(shifted & 0x60606060u, 0x40u, 0x4055 + (j << 8)));
+        }
+      }
+    }
+  }
+};
 
 struct Params {
   QuantizedWeight w;
@@ -38,19 +102,19 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(con
   const QuantizedWeight& w = p.w;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kTile + lane * kLaneColumns;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kTile + lane * kColumns;
   const int64_t begin = blockIdx.y * p.split_rows;
   const int64_t end = min(w.rows, begin + p.split_rows);
-  float acc[M][kLaneColumns] = {};
+  float acc[M][kColumns] = {};
   float shifts[M] = {};
   if (k < w.in_features) {
     const int64_t group = k >> p.shift;
-    const int bytes = static_cast<int>(
-        (min(static_cast<int64_t>(kLaneColumns), w.in_features - k) * BITS + 7) / 8);
+    const int bytes =
+        static_cast<int>((min(static_cast<int64_t>(kColumns), w.in_features - k) * BITS + 7) / 8);
     const bool vector = p.aligned && bytes == 2 * BITS;
     const T* x = static_cast<const T*>(p.x);
     for (int64_t row = begin + warp; row < end; row += kWarps * kRows) {
-      ColumnCodes<BITS> codes[kRows];
+      Lane<BITS> codes[kRows];
       RawGroup groups[kRows];
       T inputs[kRows][M];
 #pragma unroll
@@ -67,17 +131,17 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(con
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
         if (row + u * kWarps >= end) break;
-        float v[kLaneColumns];
+        float v[kColumns];
         codes[u].elements(v);
         const Group g = finish_group(w, groups[u]);
-        const float shift = fmaf(g.scale, -(ColumnCodes<BITS>::kBias + g.zero), g.offset);
+        const float shift = fmaf(g.scale, -(Lane<BITS>::kBias + g.zero), g.offset);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const float input = to_float(inputs[u][m]);
-          const float scaled = input * g.scale * ColumnCodes<BITS>::kInverseFactor;
+          const float scaled = input * g.scale * Lane<BITS>::kInverseFactor;
           shifts[m] = fmaf(input, shift, shifts[m]);
 #pragma unroll
-          for (int i = 0; i < kLaneColumns; ++i) acc[m][i] = fmaf(scaled, v[i], acc[m][i]);
+          for (int i = 0; i < kColumns; ++i) acc[m][i] = fmaf(scaled, v[i], acc[m][i]);
         }
       }
     }
@@ -87,8 +151,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(con
   for (int m = 0; m < M; ++m) {
     if (m > 0) __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; i += 4) {
-      *reinterpret_cast<float4*>(&sums[warp][lane * kLaneColumns + i]) =
+    for (int i = 0; i < kColumns; i += 4) {
+      *reinterpret_cast<float4*>(&sums[warp][lane * kColumns + i]) =
           make_float4(acc[m][i] + shifts[m], acc[m][i + 1] + shifts[m], acc[m][i + 2] + shifts[m],
                       acc[m][i + 3] + shifts[m]);
     }
@@ -120,7 +184,6 @@ void launch(const Params& p, int64_t m, dim3 grid, cudaStream_t stream) {
 
 void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x_stride, Float type,
               int64_t m, void* out, const Scope& scope, const Tensor& like) {
-  if (run_stream_t(op, w, x, x_stride, type, static_cast<int>(m), out, scope, like)) return;
   const int64_t tiles = ceil_div(w.in_features, kTile);
   MKRS_CHECK(tiles < (int64_t{1} << 31), op, "in_features must fit one CUDA grid, got ",
              w.in_features);
@@ -163,7 +226,7 @@ Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& 
 
   const int64_t m = rows_of(input);
   const Tensor flat = has_uniform_rows(input) ? input : torch::stable::contiguous(input);
-  if (ceil_div(m, kTransposedRows) > kMostPasses && w.rows > 0 && in_features > 0) {
+  if (ceil_div(m, kMostRows) > kMostPasses && w.rows > 0 && in_features > 0) {
     Tensor scratch = empty_on(input, {w.rows, in_features}, input.scalar_type());
     launch_dequantize_rows(op, w, RowIndex{}, w.rows, scratch.mutable_data_ptr(), type,
                            scope.stream());
@@ -171,8 +234,8 @@ Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& 
   }
   Tensor result = empty_on(input, sizes_with_last(input, in_features), input.scalar_type());
   if (m == 0 || in_features == 0) return result;
-  for (int64_t first = 0; first < m; first += kTransposedRows) {
-    const int64_t rows = std::min<int64_t>(kTransposedRows, m - first);
+  for (int64_t first = 0; first < m; first += kMostRows) {
+    const int64_t rows = std::min<int64_t>(kMostRows, m - first);
     void* out =
         static_cast<char*>(result.mutable_data_ptr()) + first * in_features * float_size(type);
     const void* x = static_cast<const char*>(flat.const_data_ptr()) +

@@ -35,6 +35,16 @@ __device__ __forceinline__ float round_to(Float type, float x) {
   return x;
 }
 
+__device__ __forceinline__ void store_float(void* data, int64_t i, Float type, float x) {
+  if (type == Float::F32) {
+    static_cast<float*>(data)[i] = x;
+  } else if (type == Float::F16) {
+    static_cast<__half*>(data)[i] = __float2half_rn(x);
+  } else {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(x);
+  }
+}
+
 struct Quantizer {
   float scale;
   float inverse;
