@@ -182,8 +182,9 @@ void prepare_span(const Span* rows, const MatmulPlan& plan, const QuantizedWeigh
 
 // ---- tiles of weights -------------------------------------------------------------------------
 
-constexpr int64_t kTileBytes = 24 * 1024;     // codes, a byte each: most of the smallest L1
-constexpr int64_t kTall = 256, kLong = 1024;  // codes of a tile's row
+constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: most of the smallest L1
+// Codes of a tile's row. The tile's rows are a multiple of every kernel's: 24, with three limbs 16.
+constexpr int64_t kTall = 256, kLong = 1024, kLongest = 1536;
 // Up to so many input rows take long tiles, whose loading costs least; more take tall ones, so that
 // the part of the prepared input that all tiles read stays in L2.
 constexpr int64_t kFewInputs = 32;
@@ -239,6 +240,8 @@ struct Tile {
   alignas(64) uint8_t codes[kRows / 2][kPairBytes];  // as unpack_pair leaves them
   alignas(64) float scale[kRows / 2][DEPTH / 16][2];
   alignas(64) float shift[kRows / 2][DEPTH / 16][2];
+  const uint8_t* ahead = nullptr;  // codes of the next tile, to be prefetched
+  int64_t ahead_stride = 0;
   int64_t first_span = 0, row_spans = 0;
   int group_shift = 0;  // span s of the row belongs to group s >> group_shift
 
@@ -289,6 +292,17 @@ LoadGroups groups_loader(Scheme scheme) {
                                         : load_groups<TYPE, Scheme::Affine>;
 }
 
+inline void prefetch_groups(const QuantizedWeight& w, int64_t row, int64_t g, int64_t count) {
+  const auto fetch = [&](const void* values, int64_t at, int64_t size) {
+    const char* from = static_cast<const char*>(values) + at * size;
+    for (int64_t b = 0; b < count * size; b += 64) _mm_prefetch(from + b, _MM_HINT_T1);
+  };
+  const int64_t size = float_size(w.scale_type);
+  fetch(w.scale, row * w.scale_stride + g, size);
+  if (w.scheme == Scheme::Affine) fetch(w.zero, row * w.zero_stride + g, size);
+  if (w.scheme == Scheme::Asymmetric) fetch(w.zero, row * w.zero_stride + g, 1);
+}
+
 template <typename Tile>
 void load_tile(const QuantizedWeight& w, int64_t span, int64_t n, int64_t k, Tile& tile) {
   const int span_shift = __builtin_ctzll(static_cast<uint64_t>(span));
@@ -305,19 +319,18 @@ void load_tile(const QuantizedWeight& w, int64_t span, int64_t n, int64_t k, Til
                                                        : groups_loader<Float::BF16>(w.scheme);
   // What is read next: these rows' next codes, or at their end the next rows' first.
   const bool row_done = k + tile.depth == w.in_features;
+  tile.ahead = row_done ? w.codes + (n + Tile::kRows) * w.codes_stride
+                        : w.codes + n * w.codes_stride + (k + tile.depth) * w.bits / 8;
+  tile.ahead_stride = w.codes_stride;
   for (int64_t r = 0; r < tile.rows; r += 2) {
     const int64_t row[2] = {n + r, std::min(n + r + 1, n + tile.rows - 1)};
-    const uint8_t* source[2];
-    for (int i = 0; i < 2; ++i) {
-      source[i] = w.codes + row[i] * w.codes_stride + k * w.bits / 8;
-      const uint8_t* next =
-          row_done ? w.codes + (row[i] + Tile::kRows) * w.codes_stride : source[i] + bytes;
-      for (int64_t b = 0; b < Tile::kDepth * w.bits / 8; b += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + b), _MM_HINT_T1);
-      }
-    }
-    unpack_pair(source[0], source[1], w.bits, bytes, tile.codes[r / 2]);
+    const uint8_t* codes = w.codes + k * w.bits / 8;
+    unpack_pair(codes + row[0] * w.codes_stride, codes + row[1] * w.codes_stride, w.bits, bytes,
+                tile.codes[r / 2]);
     load(w, row, first_group, groups, tile.scale[r / 2], tile.shift[r / 2]);
+    for (const int64_t i : row) {  // these groups of the next rows
+      prefetch_groups(w, i + Tile::kRows, first_group, groups);
+    }
   }
 }
 
@@ -364,12 +377,18 @@ inline void dot_span(const uint8_t* codes, const char* const (&x)[PANELS], Quads
 // The tile times PANELS panels: sums[panel][row or pair][lane].
 template <typename V, typename Tile, int LIMBS, int PANELS, int ROWS, bool SHIFTED>
 void tile_panels(const Tile& tile, int bits, int64_t span, const char* x, int64_t panel_bytes,
-                 float* sums, int64_t sums_stride) {
+                 float* sums, int64_t sums_stride, bool prefetch) {
   const int64_t bytes = span_bytes(LIMBS, span);
   const int64_t tail = span / 4 * LIMBS * kVector;
   const int64_t parts = 8 / bits;
   const Quads quads{parts, span / (4 * parts)};
   const int64_t span_packed = span / parts;  // bytes of a row's packed codes
+  // The next tile's lines, a few a span: all at once they would fill the queue to memory and stall.
+  const int64_t lines = Tile::kDepth * bits / 8 / 64;
+  const int64_t steps = Tile::kRows / (ROWS * V::kRows) * ((tile.depth + span - 1) / span);
+  const int64_t lines_each = prefetch ? (Tile::kRows * lines + steps - 1) / steps : 0;
+  const uint8_t* ahead = tile.ahead;
+  int64_t line = 0;
   for (int64_t block = 0; block * V::kRows < tile.rows; block += ROWS) {
     const int64_t pair = block * V::kRows / 2;
     float* out = sums + block * kPanel;
@@ -386,6 +405,13 @@ void tile_panels(const Tile& tile, int bits, int64_t span, const char* x, int64_
     for (int64_t s = 0; s * span < tile.depth; ++s) {
       const char* in[PANELS];
       MKRS_UNROLL for (int p = 0; p < PANELS; ++p) in[p] = x + p * panel_bytes + s * bytes;
+      for (int64_t i = 0; i < lines_each; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + 64 * line), _MM_HINT_T1);
+        if (++line == lines) {
+          line = 0;
+          ahead += tile.ahead_stride;
+        }
+      }
       const int64_t packed = s * span_packed;
       const int64_t group = tile.group(s);
       __m512i acc[ROWS][PANELS][LIMBS];
@@ -433,7 +459,7 @@ void tile_panels(const Tile& tile, int bits, int64_t span, const char* x, int64_
 }
 
 template <typename Tile>
-using TileKernel = void (*)(const Tile&, int, int64_t, const char*, int64_t, float*, int64_t);
+using TileKernel = void (*)(const Tile&, int, int64_t, const char*, int64_t, float*, int64_t, bool);
 
 template <typename V, typename Tile, int LIMBS, int PANELS, int ROWS>
 TileKernel<Tile> by_shift(bool shifted) {
@@ -494,7 +520,8 @@ void multiply_tiles(const MatmulPlan& plan, const QuantizedWeight& w, const Matr
                            k / plan.span * bytes;
           const bool both = plan.limbs == 1 && left > kPanel + kPanel / 2;
           const TileKernel<Tile> kernel = is_paired(left) ? paired : both ? two : one;
-          kernel(tile, w.bits, plan.span, in, plan.unit_bytes, sums + p * sums_stride, sums_stride);
+          kernel(tile, w.bits, plan.span, in, plan.unit_bytes, sums + p * sums_stride, sums_stride,
+                 p == 0);
           p += both ? 2 : 1;
         }
       }
@@ -545,8 +572,9 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
 void tiles_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix& x,
                   const void* scratch, const void* bias, int64_t begin, int64_t end,
                   const Output& out) {
-  const auto multiply =
-      x.rows <= kFewInputs ? multiply_tiles<Tile<kLong>> : multiply_tiles<Tile<kTall>>;
+  const auto multiply = x.rows > kFewInputs ? multiply_tiles<Tile<kTall>>
+                        : plan.limbs == 3   ? multiply_tiles<Tile<kLongest>>
+                                            : multiply_tiles<Tile<kLong>>;
   multiply(plan, w, x, scratch, bias, begin, end, out);
 }
 
