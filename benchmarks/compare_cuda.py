@@ -1,16 +1,18 @@
 """CUDA timings against what the same GPU does in the same run.
 
-``python -m benchmarks.compare_cuda --json benchmarks/results/<name>.json`` times every op by
-replaying CUDA graphs over copies of the weights that together exceed the last cache, next to
+``python -m benchmarks.compare --device cuda --output benchmarks/results/cuda-h100.json`` times every
+op by replaying CUDA graphs over copies of the weights that together exceed the last cache, next to
 
 * a kernel that only reads the same number of cold bytes (the floor of decode),
 * ``F.linear`` on dense bf16 weights (cuBLAS), and
 * ``torch._weight_int4pack_mm``.
 
-Microseconds are per call; the minimum and the median of the replays are kept.
+Microseconds are per call; the minimum and the median of the replays are kept. ``python -m
+benchmarks.report benchmarks/results/cuda-h100.json`` turns the result into docs/performance-cuda.md.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 
 import mergekit_torch  # noqa: F401  (registers the ops)
 
+RESULTS = Path(__file__).with_name("results")
 ROTATE_BYTES = 400 << 20  # several times any L2
 REPLAYS = 15
 
@@ -156,7 +159,7 @@ def copies(bytes_each: int) -> int:
 class Bench:
     """Collects rows and prints them as they come."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.environment = environment()
         self.rows: list[dict[str, Any]] = []
@@ -174,9 +177,9 @@ class Bench:
         }
         self.rows.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-        if self.path is not None:  # after every row: a run that is cut off keeps what it has
-            document = {"environment": self.environment, "rows": self.rows}
-            self.path.write_text(json.dumps(document, indent=1) + "\n")
+        # After every row: a run that is cut off keeps what it has.
+        document = {"environment": self.environment, "skipped": skipped(), "rows": self.rows}
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
 
     def read(self, size: int) -> Timing:
         """The floor: a kernel that reads ``size`` cold bytes and does nothing else."""
@@ -350,53 +353,33 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),
-        "command": "python -m benchmarks.compare_cuda " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.compare --device cuda",
     }
 
 
-def table(document: dict[str, Any]) -> str:
-    """The rows as a Markdown table, for docs/performance.md."""
-    environment = document["environment"]
-    lines = [
-        f"{environment['gpu']}, torch {environment['torch']}, CUDA {environment['cuda']}:",
-        f"`{environment['command']}`",
-        "",
-        "| op | shape | M | µs (min / median) | against |",
-        "|---|---|---|---|---|",
-    ]
-    against = {"of_read": "of the pure read", "of_dense": "x dense", "of_copy": "of copy"}
-    for row in document["rows"]:
-        notes = []
-        for key, words in against.items():
-            if key in row and not (key == "of_read" and row["m"] > 16):
-                value = row[key]
-                shown = f"{value:.2f} {words}" if key == "of_dense" else f"{value:.0%} {words}"
-                notes.append(shown)
-        if "tb_s" in row:
-            notes.append(f"{row['tb_s']:.2f} TB/s")
-        m = row["m"] or ""
-        lines.append(
-            f"| {row['op']} | {row['shape']} | {m} | {row['us_min']:.1f} / {row['us_median']:.1f} "
-            f"| {', '.join(notes)} |"
-        )
-    return "\n".join(lines) + "\n"
+def skipped() -> dict[str, str]:
+    """Peers that are not timed, and why."""
+    reasons = {}
+    for name in ("gemlite", "bitsandbytes"):
+        installed = importlib.util.find_spec(name) is not None
+        reasons[name] = "nothing here calls it yet" if installed else "not installed"
+    return reasons
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--device", choices=["cuda"], default="cuda")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cuda.json")
     parser.add_argument(
         "--sections",
         default="limits,decode,f32,prefill,transposed,convert,peers",
         help="comma-separated parts to run",
     )
-    parser.add_argument("--table", type=Path, help="print a result file as Markdown and stop")
     arguments = parser.parse_args(argv)
-    if arguments.table is not None:
-        print(table(json.loads(arguments.table.read_text())), end="")
-        return 0
+    if not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, got a machine or a torch without CUDA")
     sections = arguments.sections.split(",")
-    bench = Bench(arguments.json)
+    bench = Bench(arguments.output)
     up, down, square = (14336, 4096), (4096, 14336), (4096, 4096)
     if "limits" in sections:
         bench.limits()
