@@ -1,14 +1,15 @@
 """CUDA timings against what the same GPU does in the same run.
 
-``python -m benchmarks.compare --device cuda --output benchmarks/results/cuda-h100.json`` times every
-op by replaying CUDA graphs over copies of the weights that together exceed the last cache, next to
+``python -m benchmarks.compare --device cuda --output benchmarks/results/cuda-h100.json`` times
+every op by replaying CUDA graphs over copies of the weights that together exceed the last cache,
+next to
 
 * a kernel that only reads the same number of cold bytes (the floor of decode),
 * ``F.linear`` on dense bf16 weights (cuBLAS), and
 * ``torch._weight_int4pack_mm``.
 
-Microseconds are per call; the minimum and the median of the replays are kept. ``python -m
-benchmarks.report benchmarks/results/cuda-h100.json`` turns the result into docs/performance-cuda.md.
+Microseconds are per call; the minimum and the median of the replays are kept. ``python
+-m benchmarks.report benchmarks/results/cuda-h100.json`` turns them into docs/performance-cuda.md.
 """
 
 import argparse
