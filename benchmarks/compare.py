@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.compare --device cpu`` measures the machine's limits and all contenders in
 one run and writes ``benchmarks/results/cpu.json``; ``python -m benchmarks.report`` turns that into
-docs/performance.md. ``--device cuda`` hands over to ``benchmarks.compare_cuda``. Weights rotate over
-copies of more than eight times the last cache ("cold"); contenders take turns, so that noise of a
-shared machine falls on all of them.
+docs/performance.md. ``--device cuda`` hands over to ``benchmarks.compare_cuda``. Weights rotate
+over copies of more than eight times the last cache ("cold"); contenders take turns, so that noise
+of a shared machine falls on all of them.
 """
 
 from __future__ import annotations

@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.decode(*up, 4, (1, 4, 16), torch.float32, False)
     if "prefill" in sections:
         for n, k in (up, down):
-            bench.large(n, k, 4, (64, 128, 256, 512, 1024, 4096), False)
+            bench.large(n, k, 4, (64, 128, 256, 512, 1024, 2048, 4096), False)
         bench.large(*up, 8, (64, 512, 4096), False)
     if "transposed" in sections:
         for n, k in (up, down):

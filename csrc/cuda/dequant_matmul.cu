@@ -15,7 +15,8 @@ enum class Route {
   Dense,   // dequantize into scratch, then torch's matmul
 };
 
-constexpr int64_t kMostFusedRows = 768;
+constexpr int64_t kLeastFusedRows = 9;
+constexpr int64_t kMostFusedRows = 1048576;
 constexpr int64_t kPassesBeforeDense = 5;
 constexpr int64_t kPassesBeforeDenseF32 = 12;
 
@@ -24,7 +25,7 @@ constexpr int64_t kPassesBeforeDenseF32 = 12;
 // scratch written and read once) and more for f32.
 Route choose_route(const MatmulCall& call, const DeviceInfo& info) {
   if (call.type != Float::F32 && info.major >= 9 && call.m <= kStreamRows) return Route::Stream;
-  if (call.type != Float::F32 && info.major == 9) {
+  if (call.type != Float::F32 && info.major == 9 && call.m >= kLeastFusedRows) {
     return call.m <= kMostFusedRows ? Route::Fused : Route::Dense;
   }
   const int64_t passes = ceil_div(call.m, decode_rows(call.type));
