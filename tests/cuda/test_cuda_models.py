@@ -75,7 +75,7 @@ def test_a_language_model_generates():
     dequantize_(dense)
     prompt = torch.arange(1, 20, device="cuda")[None]
     with torch.no_grad():
-        assert relative(model(prompt).logits, dense(prompt).logits) < 2e-2
+        assert relative(model(prompt).logits, dense(prompt).logits) < 4e-2
         options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         first = model.generate(prompt, **options)
         assert torch.equal(first, model.generate(prompt, **options))
