@@ -1,4 +1,4 @@
-#include "stream_kernel.cuh"
+#include "stream_variants.cuh"
 
 namespace mkrs::cuda {
 namespace {
