@@ -16,7 +16,7 @@ enum class Route {
 };
 
 constexpr int64_t kLeastFusedRows = 9;
-constexpr int64_t kMostFusedRows = 1048576;
+constexpr int64_t kMostFusedRows = 768;
 constexpr int64_t kPassesBeforeDense = 5;
 constexpr int64_t kPassesBeforeDenseF32 = 12;
 
