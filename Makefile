@@ -82,7 +82,7 @@ test-cuda: $(VENV)/test.stamp ## on a machine with an NVIDIA GPU: build for it, 
 	MKRS_CUDA=1 $(INSTALL) -e ".[test]"
 	MKRS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/ops tests/cuda $(ARGS)
 
-# racecheck does not follow the barriers in shared memory that order the fused kernel's stages.
+# racecheck misreads the fused kernel's barriers: docs/performance-cuda.md says how.
 sanitize-cuda: $(VENV)/test.stamp ## memory and race checks of the kernels (needs compute-sanitizer)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.cuda.sanitize
 	compute-sanitizer --tool racecheck --error-exitcode 1 \
