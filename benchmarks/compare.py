@@ -26,7 +26,7 @@ import torch
 from mergekit_torch import ops
 
 from . import limits
-from .peers_cpu import GROUP, Contender, Problem, contenders
+from .peers_cpu import GROUP, READING, Contender, Problem, contenders, reading_alone
 
 RESULTS = Path(__file__).with_name("results")
 LAYERS = {"mlp": (11008, 4096), "attention": (4096, 4096), "small": (576, 576)}
@@ -90,9 +90,13 @@ def matmul_case(
     for c in built:
         got = c.run(0)[:, : expected.shape[1]].double()
         errors.append(float((got - expected).abs().max() / largest))
-    times = take_turns([c.run for c in built], seconds)
+    runs = [c.run for c in built]
+    if m == 1:
+        size = next(c.weight_bytes for c in built if c.ours)
+        runs.append(reading_alone(size, cold, threads).run)
+    times = take_turns(runs, seconds)
     rows = []
-    for c, error, measured in zip(built, errors, times, strict=True):
+    for c, error, measured in zip(built, errors, times[: len(built)], strict=True):
         stats = spread(measured)
         best = stats["min"]
         rows.append(
@@ -113,6 +117,9 @@ def matmul_case(
             flush=True,
         )
     case = {"layer": layer, "n": n, "k": k, "m": m, "bits": bits, "threads": threads}
+    if m == 1:
+        case["read_gbps"] = size / min(times[-1]) / 1e9
+        print(f"  {READING:22} {min(times[-1]) * 1e3:9.3f} ms  {case['read_gbps']:6.1f} GB/s")
     return {**case, "contenders": rows, "skipped": skipped}
 
 
