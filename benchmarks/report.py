@@ -1,6 +1,7 @@
 """Writes docs/performance.md's CPU part and its plots from a result of ``benchmarks.compare``.
 
-``python -m benchmarks.report [benchmarks/results/cpu.json]``: plots need matplotlib.
+``python -m benchmarks.report [benchmarks/results/cpu.json]``: plots need matplotlib. A result of
+``benchmarks.compare --device cuda`` becomes docs/performance-cuda.md.
 """
 
 from __future__ import annotations
@@ -280,7 +281,13 @@ def section(report: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     """Replace the generated part of docs/performance.md."""
     source = Path(argv[0]) if argv else ROOT / "benchmarks/results/cpu.json"
-    text = section(json.loads(source.read_text()))
+    report = json.loads(source.read_text())
+    if "rows" in report:
+        from . import report_cuda
+
+        report_cuda.write(report)
+        return 0
+    text = section(report)
     page = PAGE.read_text() if PAGE.exists() else "# Performance\n"
     if BEGIN in page:
         start, end = page.index(BEGIN), page.index(END) + len(END)
