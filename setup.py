@@ -20,8 +20,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
@@ -109,6 +110,23 @@ def cuda_objects(folder: Path) -> list[str]:
         return list(pool.map(compile_one, sources("csrc/cuda/*.cu")))
 
 
+class CompileCuda(Command):
+    """``setup.py compile_cuda``: the CUDA objects alone, to see that they compile."""
+
+    description = "compile csrc/cuda/*.cu without linking (needs nvcc, no GPU)"
+    user_options: ClassVar = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Compile."""
+        cuda_objects(ROOT / "build/cuda/temp/cuda")
+
+
 def torch_cuda_stub(folder: Path) -> str:
     """A folder with a stand-in for libtorch_cuda to link against.
 
@@ -187,6 +205,6 @@ setup(
     version=version.group(1),
     packages=find_packages(include=["mergekit_torch", "mergekit_torch.*"]),
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "compile_cuda": CompileCuda},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.compare --device cpu`` measures the machine's limits and all contenders in
 one run and writes ``benchmarks/results/cpu.json``; ``python -m benchmarks.report`` turns that into
-docs/performance.md. Weights rotate over copies of more than eight times the last cache ("cold");
-contenders take turns, so that noise of a shared machine falls on all of them.
+docs/performance.md. ``--device cuda`` hands over to ``benchmarks.compare_cuda``. Weights rotate
+over copies of more than eight times the last cache ("cold"); contenders take turns, so that noise
+of a shared machine falls on all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from mergekit_torch import ops
 
 from . import limits
-from .peers_cpu import GROUP, Contender, Problem, contenders
+from .peers_cpu import GROUP, READING, Contender, Problem, contenders, reading_alone
 
 RESULTS = Path(__file__).with_name("results")
 LAYERS = {"mlp": (11008, 4096), "attention": (4096, 4096), "small": (576, 576)}
@@ -89,9 +90,13 @@ def matmul_case(
     for c in built:
         got = c.run(0)[:, : expected.shape[1]].double()
         errors.append(float((got - expected).abs().max() / largest))
-    times = take_turns([c.run for c in built], seconds)
+    runs = [c.run for c in built]
+    if m == 1:
+        size = next(c.weight_bytes for c in built if c.ours)
+        runs.append(reading_alone(size, cold, threads).run)
+    times = take_turns(runs, seconds)
     rows = []
-    for c, error, measured in zip(built, errors, times, strict=True):
+    for c, error, measured in zip(built, errors, times[: len(built)], strict=True):
         stats = spread(measured)
         best = stats["min"]
         rows.append(
@@ -112,6 +117,9 @@ def matmul_case(
             flush=True,
         )
     case = {"layer": layer, "n": n, "k": k, "m": m, "bits": bits, "threads": threads}
+    if m == 1:
+        case["read_gbps"] = size / min(times[-1]) / 1e9
+        print(f"  {READING:22} {min(times[-1]) * 1e3:9.3f} ms  {case['read_gbps']:6.1f} GB/s")
     return {**case, "contenders": rows, "skipped": skipped}
 
 
@@ -216,13 +224,18 @@ def call_cost(threads: int) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=["mlp", "attention"])
     parser.add_argument("--rows", nargs="+", type=int, default=list(INPUT_ROWS))
     parser.add_argument("--threads", nargs="+", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=0.25, help="per contender and case")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if parser.parse_known_args(given)[0].device == "cuda":
+        from . import compare_cuda
+
+        return compare_cuda.main(given)
+    args = parser.parse_args(given)
     most = torch.get_num_threads()
     threads = args.threads or sorted({1, most})
     cold = 8 * limits.last_cache_bytes()

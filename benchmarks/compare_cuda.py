@@ -1,16 +1,19 @@
 """CUDA timings against what the same GPU does in the same run.
 
-``python -m benchmarks.compare_cuda --json benchmarks/results/<name>.json`` times every op by
-replaying CUDA graphs over copies of the weights that together exceed the last cache, next to
+``python -m benchmarks.compare --device cuda --output benchmarks/results/cuda-h100.json`` times
+every op by replaying CUDA graphs over copies of the weights that together exceed the last cache,
+next to
 
 * a kernel that only reads the same number of cold bytes (the floor of decode),
 * ``F.linear`` on dense bf16 weights (cuBLAS), and
 * ``torch._weight_int4pack_mm``.
 
-Microseconds are per call; the minimum and the median of the replays are kept.
+Microseconds are per call; the minimum and the median of the replays are kept. ``python
+-m benchmarks.report benchmarks/results/cuda-h100.json`` turns them into docs/performance-cuda.md.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 
 import mergekit_torch  # noqa: F401  (registers the ops)
 
+RESULTS = Path(__file__).with_name("results")
 ROTATE_BYTES = 400 << 20  # several times any L2
 REPLAYS = 15
 
@@ -59,8 +63,8 @@ class Timing:
     median: float
 
 
-def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
-    """Time one round of ``calls`` in a graph; the result is per call."""
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One round of ``calls`` as a graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -70,17 +74,32 @@ def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    times = []
-    for _ in range(3):
+    return graph
+
+
+def time_graphs(*contenders: Sequence[Callable[[], object]]) -> list[Timing]:
+    """Time one round of each contender's calls; the results are per call.
+
+    Contenders take turns, so that the clocks, which follow power and heat, are the same for all.
+    """
+    graphs = [capture(calls) for calls in contenders]
+    times: list[list[float]] = [[] for _ in graphs]
+    for graph in graphs * 3:
         graph.replay()
     for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return Timing(min(times), statistics.median(times))
+        for graph, calls, mine in zip(graphs, contenders, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            mine.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return [Timing(min(mine), statistics.median(mine)) for mine in times]
+
+
+def time_graph(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Time one round of ``calls`` in a graph; the result is per call."""
+    return time_graphs(calls)[0]
 
 
 @dataclass(frozen=True)
@@ -141,7 +160,9 @@ def copies(bytes_each: int) -> int:
 class Bench:
     """Collects rows and prints them as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = environment()
         self.rows: list[dict[str, Any]] = []
         self.read_kernel = torch.cuda._compile_kernel(READ_SOURCE, "read_bytes")
         self.reads: dict[int, Timing] = {}
@@ -157,6 +178,9 @@ class Bench:
         }
         self.rows.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        # After every row: a run that is cut off keeps what it has.
+        document = {"environment": self.environment, "skipped": skipped(), "rows": self.rows}
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
 
     def read(self, size: int) -> Timing:
         """The floor: a kernel that reads ``size`` cold bytes and does nothing else."""
@@ -252,9 +276,10 @@ class Bench:
             error = ((run(first, x)[:256].double() - expected).norm() / expected.norm()).item()
             best = (product(x, dense[0])[:256].double() - expected).norm() / expected.norm()
             count = 4 if m >= 256 else 1
-            reference = time_graph([lambda d=d, x=x, product=product: product(x, d) for d in dense])  # type: ignore[misc]
-            timing = time_graph(
-                [lambda w=w, x=x, run=run: run(w, x) for w in weights * (1 if count == 4 else 4)]  # type: ignore[misc]
+            repeated = weights * (1 if count == 4 else 4)
+            reference, timing = time_graphs(
+                [lambda d=d, x=x, product=product: product(x, d) for d in dense],  # type: ignore[misc]
+                [lambda w=w, x=x, run=run: run(w, x) for w in repeated],  # type: ignore[misc]
             )
             extra: dict[str, Any] = (
                 {} if floor is None else {"of_read": floor.median / timing.median}
@@ -271,6 +296,14 @@ class Bench:
                 dense_error=f"{best.item():.1e}",
                 **extra,
             )
+
+    def limits(self) -> None:
+        """What the GPU reaches at its best: a gigabyte read, and a large dense product."""
+        self.read(1 << 30)
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        timing = time_graph([lambda: torch.matmul(a, b)] * 4)
+        tflops = 2e-6 * 8192**3 / timing.median
+        self.add("matmul bfloat16", "8192x8192x8192", 0, timing, tflops=tflops)
 
     def conversions(self, n: int, k: int) -> None:
         source = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
@@ -321,54 +354,36 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": platform.python_version(),
-        "command": "python -m benchmarks.compare_cuda " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.compare --device cuda",
     }
 
 
-def table(document: dict[str, Any]) -> str:
-    """The rows as a Markdown table, for docs/performance.md."""
-    environment = document["environment"]
-    lines = [
-        f"{environment['gpu']}, torch {environment['torch']}, CUDA {environment['cuda']}:",
-        f"`{environment['command']}`",
-        "",
-        "| op | shape | M | µs (min / median) | against |",
-        "|---|---|---|---|---|",
-    ]
-    against = {"of_read": "of the pure read", "of_dense": "x dense", "of_copy": "of copy"}
-    for row in document["rows"]:
-        notes = []
-        for key, words in against.items():
-            if key in row and not (key == "of_read" and row["m"] > 16):
-                value = row[key]
-                shown = f"{value:.2f} {words}" if key == "of_dense" else f"{value:.0%} {words}"
-                notes.append(shown)
-        if "tb_s" in row:
-            notes.append(f"{row['tb_s']:.2f} TB/s")
-        m = row["m"] or ""
-        lines.append(
-            f"| {row['op']} | {row['shape']} | {m} | {row['us_min']:.1f} / {row['us_median']:.1f} "
-            f"| {', '.join(notes)} |"
-        )
-    return "\n".join(lines) + "\n"
+def skipped() -> dict[str, str]:
+    """Peers that are not timed, and why."""
+    reasons = {}
+    for name in ("gemlite", "bitsandbytes"):
+        installed = importlib.util.find_spec(name) is not None
+        reasons[name] = "nothing here calls it yet" if installed else "not installed"
+    return reasons
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--device", choices=["cuda"], default="cuda")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cuda.json")
     parser.add_argument(
         "--sections",
-        default="decode,f32,prefill,transposed,convert,peers",
+        default="limits,decode,f32,prefill,transposed,convert,peers",
         help="comma-separated parts to run",
     )
-    parser.add_argument("--table", type=Path, help="print a result file as Markdown and stop")
     arguments = parser.parse_args(argv)
-    if arguments.table is not None:
-        print(table(json.loads(arguments.table.read_text())), end="")
-        return 0
+    if not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, got a machine or a torch without CUDA")
     sections = arguments.sections.split(",")
-    bench = Bench()
+    bench = Bench(arguments.output)
     up, down, square = (14336, 4096), (4096, 14336), (4096, 4096)
+    if "limits" in sections:
+        bench.limits()
     if "decode" in sections:
         peers = "peers" in sections
         for n, k in (up, down, square):
@@ -382,16 +397,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.decode(*up, 4, (1, 4, 16), torch.float32, False)
     if "prefill" in sections:
         for n, k in (up, down):
-            bench.large(n, k, 4, (64, 128, 256, 512, 1024, 4096), False)
+            bench.large(n, k, 4, (64, 128, 256, 512, 1024, 2048, 4096), False)
         bench.large(*up, 8, (64, 512, 4096), False)
     if "transposed" in sections:
         for n, k in (up, down):
             bench.large(n, k, 4, (1, 4, 16, 64, 4096), True)
     if "convert" in sections:
         bench.conversions(*up)
-    if arguments.json is not None:
-        document = {"environment": environment(), "rows": bench.rows}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

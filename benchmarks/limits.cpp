@@ -158,6 +158,16 @@ double bf16_peak(int threads) {
 
 }  // namespace
 
+// For `reader` of limits.py, which builds this as a library: threads stay between calls, as those of
+// the kernels do.
+extern "C" void read_alone(const void* data, size_t bytes, int threads) {
+  const size_t part = bytes / 8 / threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int t = 0; t < threads; ++t) {
+    read_part(static_cast<const uint64_t*>(data) + part * t, part);
+  }
+}
+
 int main(int argc, char** argv) {
   const int max_threads = argc > 1 ? std::atoi(argv[1]) : 1;
   const size_t bytes = size_t{512} << 20;  // far past any last-level cache

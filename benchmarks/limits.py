@@ -1,12 +1,16 @@
 """The machine's own limits: compiles and runs ``limits.cpp``."""
 
+import ctypes
+import functools
 import json
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 
@@ -35,15 +39,31 @@ def last_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def measure(threads: int) -> dict[str, dict[str, float]]:
-    """Bandwidth (GB/s) and arithmetic peaks (GFLOP/s, GOP/s) with 1 and ``threads`` threads."""
+def _build(output: str, *flags: str) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise RuntimeError("benchmarks: measuring the machine's limits needs a C++ compiler")
+    command = [compiler, "-O3", "-march=native", "-std=c++17", *flags, str(SOURCE), "-o", output]
+    subprocess.run(command, check=True)
+
+
+@functools.cache
+def reader() -> Callable[[int, int, int], None]:
+    """``read(address, bytes, threads)``: reads memory and does nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / "limits.so")
+        _build(library, "-shared", "-fPIC", "-fopenmp")
+        read = ctypes.CDLL(library).read_alone
+    read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    read.restype = None
+    return cast(Callable[[int, int, int], None], read)
+
+
+def measure(threads: int) -> dict[str, dict[str, float]]:
+    """Bandwidth (GB/s) and arithmetic peaks (GFLOP/s, GOP/s) with 1 and ``threads`` threads."""
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "limits")
-        flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", program], check=True)
+        _build(program, "-pthread")
         out = subprocess.run([program, str(threads)], check=True, capture_output=True, text=True)
     result: dict[str, dict[str, float]] = json.loads(out.stdout)
     return result

@@ -77,7 +77,7 @@ def _read(r: dict[str, Any]) -> list[tuple[str, ...]]:
         return f"{r[name]['cpu_s']:.2f}" if "cpu_s" in r[name] else "not run"
 
     opened, slices = r["open_ms"], r["slices"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"`read --size {r['gib']:g}`",
             f"open 300 tensors, {r['gib']:g} GiB",

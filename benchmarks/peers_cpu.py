@@ -18,7 +18,10 @@ from torch import Tensor
 
 from mergekit_torch import ops
 
+from . import limits
+
 GROUP = 64
+READING = "reading alone"
 
 
 @dataclass
@@ -66,6 +69,20 @@ class Problem:
 def copies_for(weight_bytes: int, cold_bytes: int, limit: int = 4096) -> int:
     """How many copies must rotate so that a copy is out of the cache when its turn comes."""
     return max(2, min(limit, -(-cold_bytes // max(1, weight_bytes))))
+
+
+def reading_alone(weight_bytes: int, cold: int, threads: int) -> Contender:
+    """Not a peer: reads as many cold bytes as our weights have, in the same kind of memory."""
+    read = limits.reader()
+    count = copies_for(weight_bytes, cold)
+    copies = [torch.ones(weight_bytes, dtype=torch.uint8) for _ in range(count)]
+
+    def run(i: int) -> Tensor:
+        copy = copies[i % count]
+        read(copy.data_ptr(), weight_bytes, threads)
+        return copy
+
+    return Contender(READING, "", weight_bytes, 0, run)
 
 
 def ours(p: Problem, cold: int, dtype: torch.dtype, compute: str) -> Contender:

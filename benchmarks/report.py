@@ -1,12 +1,14 @@
 """Writes docs/performance.md's CPU part and its plots from a result of ``benchmarks.compare``.
 
-``python -m benchmarks.report [benchmarks/results/cpu.json]``: plots need matplotlib.
+``python -m benchmarks.report [benchmarks/results/cpu.json]``: plots need matplotlib. A result of
+``benchmarks.compare --device cuda`` becomes docs/performance-cuda.md.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,6 @@ def matmul_table(report: dict[str, Any], layer: str, bits: int, threads: int) ->
     names: list[str] = []
     for case in cases:
         names += [c["name"] for c in case["contenders"] if c["name"] not in names]
-    read = best_limit(report, threads, "read_gbps")
     rows = []
     for name in names:
         row = [f"**{name}**" if name.startswith("mkrs") else name]
@@ -72,14 +73,102 @@ def matmul_table(report: dict[str, Any], layer: str, bits: int, threads: int) ->
             error = max(error, found["error"])
             ms = found["seconds"]["min"] * 1e3
             if case["m"] == 1:
-                row.append(
-                    f"{found['gbps']:.1f} GB/s, {100 * found['gbps'] / read:.0f}% ({ms:.2f} ms)"
-                )
+                part = 100 * found["gbps"] / case["read_gbps"]
+                row.append(f"{found['gbps']:.1f} GB/s, {part:.0f}% ({ms:.2f} ms)")
             else:
                 row.append(f"{found['gflops']:.0f}")
         rows.append([*row, f"{error:.0e}"])
+    rows.append(["reading alone", f"{cases[0]['read_gbps']:.1f} GB/s", *[""] * len(cases)])
     header = ["", *(f"M={c['m']}" for c in cases), "largest error"]
     return table(header, rows)
+
+
+def targets_table(report: dict[str, Any]) -> str:
+    """What the kernels were to reach with all threads, against what they do."""
+    threads = max(c["threads"] for c in report["cases"])
+    layers = list(dict.fromkeys(c["layer"] for c in report["cases"]))
+
+    def case(layer: str, m: int, bits: int) -> dict[str, Any] | None:
+        key = (layer, m, bits, threads)
+        return next(
+            (c for c in report["cases"] if (c["layer"], c["m"], c["bits"], c["threads"]) == key),
+            None,
+        )
+
+    def mine(found: dict[str, Any], what: str) -> dict[str, Any]:
+        return next(
+            c for c in found["contenders"] if c["name"] == f"mkrs int{found['bits']} {what}"
+        )
+
+    def of_reading(m: int, bits: int, what: str) -> Callable[[str], str]:
+        def cell(layer: str) -> str:
+            found = case(layer, m, bits)
+            if found is None:
+                return ""
+            return f"{100 * mine(found, what)['gbps'] / found['read_gbps']:.0f}%"
+
+        return cell
+
+    def over(m: int, what: str, peers: Callable[[dict[str, Any]], bool]) -> Callable[[str], str]:
+        def cell(layer: str) -> str:
+            found = case(layer, m, 4)
+            rivals = [c for c in (found or {}).get("contenders", []) if not c["ours"] and peers(c)]
+            if found is None or not rivals:
+                return ""
+            best = min(rivals, key=lambda c: c["seconds"]["min"])
+            ratio = best["seconds"]["min"] / mine(found, what)["seconds"]["min"]
+            return f"{ratio:.2f}x {best['name']}"
+
+        return cell
+
+    def of_peak(layer: str) -> str:
+        found = case(layer, 512, 4)
+        if found is None:
+            return ""
+        peak = best_limit(report, threads, "int8_gops")
+        return f"{100 * mine(found, 'int8 f32')['gflops'] / peak:.0f}%"
+
+    def of_kind(*kinds: str) -> Callable[[dict[str, Any]], bool]:
+        return lambda c: c["arithmetic"] in kinds
+
+    def grouped(c: dict[str, Any]) -> bool:
+        return bool(c["bits"] == 4)
+
+    def exact_grouped(c: dict[str, Any]) -> bool:
+        return grouped(c) and c["arithmetic"] != "int8"
+
+    def dense_f32(c: dict[str, Any]) -> bool:
+        return bool(c["name"] == "torch dense f32")
+
+    f32, bf16, int8 = "exact f32", "exact bf16", "int8 f32"
+    lines: list[tuple[str, str, Callable[[str], str]]] = [
+        ("M=1, 4 bits, f32, of reading alone", "85%", of_reading(1, 4, f32)),
+        ("M=1, 4 bits, f32, over exact int4 peers", "1.3x", over(1, f32, exact_grouped)),
+        ("M=1, 8 bits, f32, of reading alone", "85%", of_reading(1, 8, f32)),
+        ("M=1, 2 bits, f32, of reading alone", "70%", of_reading(1, 2, f32)),
+        ("M=1, 2 bits, int8, of reading alone", "80%", of_reading(1, 2, int8)),
+        ("M=8, f32, over f32 peers", "1.5x", over(8, f32, of_kind("f32"))),
+        ("M=8, bf16, over bf16 peers", "1.5x", over(8, bf16, of_kind("bf16"))),
+        ("M=8, int8, over int8 peers", "1.3x", over(8, int8, of_kind("int8"))),
+        ("M=32, f32, over f32 peers", "1.2x", over(32, f32, of_kind("f32"))),
+        ("M=32, bf16, over bf16 peers", "1.2x", over(32, bf16, of_kind("bf16"))),
+        ("M=32, int8, over int8 peers", "1.3x", over(32, int8, of_kind("int8"))),
+        ("M=512, f32, over f32 peers", "1.1x", over(512, f32, of_kind("f32"))),
+        ("M=512, bf16, over dense f32", "1.5x", over(512, bf16, dense_f32)),
+        ("M=128, int8, over int4 peers", "1.4x", over(128, int8, grouped)),
+        ("M=512, int8, over int4 peers", "1.4x", over(512, int8, grouped)),
+        ("M=512, int8, of the int8 peak", "48%", of_peak),
+    ]
+    rows = [[name, goal, *(cell(layer) for layer in layers)] for name, goal, cell in lines]
+    for op in ("quantize", "dequantize"):
+        seconds = {
+            r["name"]: r["seconds"]["min"]
+            for r in report["storage"]
+            if (r["op"], r["threads"]) == (op, threads)
+        }
+        ratio = f"{seconds['NumPy'] / seconds['mkrs']:.0f}x"
+        rows.append([f"{op}, over NumPy", "10x", ratio, *[""] * (len(layers) - 1)])
+    return table(["", "target", *layers], rows)
 
 
 def storage_table(report: dict[str, Any]) -> str:
@@ -157,15 +246,19 @@ def section(report: dict[str, Any]) -> str:
         f"`{report['command']}` on {machine['cpu']}, {machine['threads']} threads, last cache "
         f"{machine['last_cache_bytes'] >> 20} MiB, torch {machine['torch']}. Times are minima of "
         "many calls in which contenders take turns; weights rotate over more than eight times the "
-        "last cache. Bandwidth counts codes, scales and offsets. Errors are the largest over the "
+        "last cache. Bandwidth counts codes, scales and offsets; reading alone reads as many bytes "
+        "in turn with the others. Errors are the largest over the "
         "largest output, against float64, of the same weights.",
         limits_table(report),
+        f"### Targets, {threads[-1]} threads",
+        "Ratios of times in one run, with the fastest of the peers meant.",
+        targets_table(report),
     ]
     for layer in layers:
         shape = next(c for c in report["cases"] if c["layer"] == layer)
         for t in threads:
             parts.append(f"### N={shape['n']} K={shape['k']}, 4 bits, group 64, {t} threads")
-            parts.append("GB/s and percent of the DRAM read limit at M=1, GFLOP/s above.")
+            parts.append("GB/s and percent of reading alone at M=1, GFLOP/s above.")
             parts.append(matmul_table(report, layer, 4, t))
         name = f"cpu-{layer}.svg"
         try:
@@ -188,7 +281,13 @@ def section(report: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     """Replace the generated part of docs/performance.md."""
     source = Path(argv[0]) if argv else ROOT / "benchmarks/results/cpu.json"
-    text = section(json.loads(source.read_text()))
+    report = json.loads(source.read_text())
+    if "rows" in report:
+        from . import report_cuda
+
+        report_cuda.write(report)
+        return 0
+    text = section(report)
     page = PAGE.read_text() if PAGE.exists() else "# Performance\n"
     if BEGIN in page:
         start, end = page.index(BEGIN), page.index(END) + len(END)

@@ -281,7 +281,7 @@ template <int BITS, int LIMBS, int M>
 void rows_range(const Call& c, int64_t begin, int64_t end) {
   // More weight rows share an activation's loads, which bind at 2 bits (12 limb vectors per 64
   // bytes of codes) and with several input rows; else more streams cost more than they save.
-  constexpr int kRows = (BITS == 2 && M == 1) || (LIMBS == 1 && BITS != 2 && M > 2) ? 4 : 2;
+  constexpr int kRows = BITS == 2 && M == 1 ? 3 : LIMBS == 1 && BITS != 2 && M > 2 ? 4 : 2;
   int64_t n = begin;
   for (; n + kRows <= end; n += kRows) rows_block<BITS, LIMBS, M, kRows>(c, n);
   for (; n < end; ++n) rows_block<BITS, LIMBS, M, 1>(c, n);

@@ -182,7 +182,7 @@ void prepare_span(const Span* rows, const MatmulPlan& plan, const QuantizedWeigh
 
 // ---- tiles of weights -------------------------------------------------------------------------
 
-constexpr int64_t kTileBytes = 24 * 1024;     // codes, a byte each: most of the smallest L1
+constexpr int64_t kTileBytes = 24 * 1024;  // codes, a byte each: most of the smallest L1
 // Codes of a tile's row. The tile's rows are a multiple of every kernel's: 24, with three limbs 16.
 constexpr int64_t kTall = 256, kLong = 1024, kLongest = 1536;
 // Up to so many input rows take long tiles, whose loading costs least; more take tall ones, so that
@@ -470,9 +470,23 @@ TileKernel<Tile> by_shift(bool shifted) {
 // 24 registers of accumulators, or of accumulators and sums, beside limbs and a weight.
 template <typename V, typename Tile>
 TileKernel<Tile> tile_kernel(int limbs, bool shifted) {
-  return limbs == 1   ? by_shift<V, Tile, 1, 1, 12>(shifted)
-         : limbs == 2 ? by_shift<V, Tile, 2, 1, 12>(shifted)
-                      : by_shift<V, Tile, 3, 1, 8>(shifted);
+  if constexpr (Tile::kDepth == kLongest) {
+    return by_shift<V, Tile, 3, 1, 8>(shifted);  // nothing else takes these tiles
+  } else {
+    return limbs == 1   ? by_shift<V, Tile, 1, 1, 12>(shifted)
+           : limbs == 2 ? by_shift<V, Tile, 2, 1, 12>(shifted)
+                        : by_shift<V, Tile, 3, 1, 8>(shifted);
+  }
+}
+
+// Two panels at once, for one limb; null where tiles are not for that.
+template <typename Tile>
+TileKernel<Tile> two_panels(bool shifted) {
+  if constexpr (Tile::kDepth == kLongest) {
+    return nullptr;
+  } else {
+    return by_shift<Wide, Tile, 1, 2, 6>(shifted);
+  }
 }
 
 // Writes a panel's sums as out[m][n], bias added.
@@ -503,7 +517,7 @@ void multiply_tiles(const MatmulPlan& plan, const QuantizedWeight& w, const Matr
   const int64_t bytes = span_bytes(plan.limbs, plan.span);
   const TileKernel<Tile> paired = tile_kernel<Paired, Tile>(plan.limbs, shifted);
   const TileKernel<Tile> one = tile_kernel<Wide, Tile>(plan.limbs, shifted);
-  const TileKernel<Tile> two = by_shift<Wide, Tile, 1, 2, 6>(shifted);
+  const TileKernel<Tile> two = two_panels<Tile>(shifted);
 
   for (int64_t m0 = 0; m0 < x.rows; m0 += kInputBlock) {
     const int64_t inputs = std::min(kInputBlock, x.rows - m0);

@@ -29,24 +29,6 @@ constexpr int kRunsPerUnit = 1024 / BITS / (16 * RUN);
 template <int BITS, int RUN>
 constexpr int kPairBytes = kRunsPerUnit<BITS, RUN> * kDecodeRows * 8;  // (scale, shift) of a unit
 
-template <int P>
-__device__ __forceinline__ void interleave(uint32_t (&w)[8]) {  // 16 elements, two a word
-  if constexpr (P > 1) {
-    uint32_t v[8];
-    constexpr int kWords = P / 2;
-#pragma unroll
-    for (int b = 0; b < 8; b += kWords) {
-#pragma unroll
-      for (int i = 0; i < kWords / 2; ++i) {
-        v[b + 2 * i] = __byte_perm(w[b + i], w[b + i + kWords / 2], 0x5410);
-        v[b + 2 * i + 1] = __byte_perm(w[b + i], w[b + i + kWords / 2], 0x7632);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) w[i] = v[i];
-  }
-}
-
 __device__ __forceinline__ uint32_t pack_high_halves(float a, float b) {
   return __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x7632);
 }
@@ -62,16 +44,6 @@ __device__ __forceinline__ void split_limbs(float x, float (&limb)[kLimbs]) {
   const float rest = finite ? (x - top) * 256.0f : 0.0f;
   limb[1] = __uint_as_float(__float_as_uint(rest) & 0xffff0000u);
   limb[2] = (rest - limb[1]) * 256.0f;
-}
-
-template <typename T>
-__device__ __forceinline__ float sum_of_pair(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&word));
-    return v.x + v.y;
-  } else {
-    return __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
-  }
 }
 
 // 16 activations of one row, zeros past the end, into the columns of its limbs; `sums` receives
@@ -124,20 +96,6 @@ __device__ __forceinline__ void stage_block(const DecodeParams& p, int row, int6
   }
   store(0);
 }
-
-// Where a warp is in the block's sequence of units: unit u is chunk u % count of tile u / count.
-struct Cursor {
-  int tile;
-  int chunk;
-  __device__ __forceinline__ void advance(int tiles, int chunks, int count) {
-    tile += tiles;
-    chunk += chunks;
-    if (chunk >= count) {
-      chunk -= count;
-      ++tile;
-    }
-  }
-};
 
 template <typename T, int BITS, int RUN, int TILES>
 __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const DecodeParams p) {

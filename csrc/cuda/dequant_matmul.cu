@@ -2,27 +2,30 @@
 #include "decode.cuh"
 #include "dequantize_rows.cuh"
 #include "fused.cuh"
+#include "stream.cuh"
 #include "sum_partials.cuh"
 
 namespace mkrs::cuda {
 namespace {
 
 enum class Route {
+  Stream,  // stream_kernel.cuh: rings of asynchronous copies feed Hopper's tensor cores
   Decode,  // decode_kernel.cuh, in passes of decode_rows(type) input rows
   Fused,   // fused_kernel.cuh: Hopper's tensor cores on weights dequantized in registers
   Dense,   // dequantize into scratch, then torch's matmul
 };
 
-constexpr int64_t kMostDecodeRows = 8;  // 16-bit inputs where the fused kernel is there
+constexpr int64_t kLeastFusedRows = 9;
 constexpr int64_t kMostFusedRows = 768;
 constexpr int64_t kPassesBeforeDense = 5;
 constexpr int64_t kPassesBeforeDenseF32 = 12;
 
-// The one place where regimes meet. Measured on an H100 (docs/performance.md): a pass of the decode
-// kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit scratch
-// written and read once) and more for f32.
+// The one place where regimes meet. Measured on an H100 (docs/performance-cuda.md): a pass of the
+// decode kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit
+// scratch written and read once) and more for f32.
 Route choose_route(const MatmulCall& call, const DeviceInfo& info) {
-  if (call.type != Float::F32 && info.major == 9 && call.m > kMostDecodeRows) {
+  if (call.type != Float::F32 && info.major >= 9 && call.m <= kStreamRows) return Route::Stream;
+  if (call.type != Float::F32 && info.major == 9 && call.m >= kLeastFusedRows) {
     return call.m <= kMostFusedRows ? Route::Fused : Route::Dense;
   }
   const int64_t passes = ceil_div(call.m, decode_rows(call.type));
@@ -110,12 +113,20 @@ Tensor multiply(const char* op, const Tensor& input, const Tensor& codes, const 
     return result;
   }
   Route route = choose_route(call, scope.info());
-  if (route == Route::Fused) {
+  if (route == Route::Stream || route == Route::Fused) {
     Tensor result = empty_on(input, sizes_with_last(input, w.rows), input.scalar_type());
     call.out = result.mutable_data_ptr();
-    const auto run = type == Float::F16 ? run_fused_f16 : run_fused_bf16;
-    if (run(op, call, scope.info(), input, scope.stream())) return result;
-    // Rows that the copy engine cannot take: the same choice as on other devices.
+    if (route == Route::Stream) {
+      StreamPlan plan;
+      if (plan_stream(call, scope.info(), &plan)) {
+        (type == Float::F16 ? launch_stream_f16 : launch_stream_bf16)(op, plan, scope.stream());
+        return result;
+      }
+    } else {
+      const auto run = type == Float::F16 ? run_fused_f16 : run_fused_bf16;
+      if (run(op, call, scope.info(), input, scope.stream())) return result;
+    }
+    // Rows that asynchronous copies cannot take: the same choice as on other devices.
     route = m <= kPassesBeforeDense * decode_rows(type) ? Route::Decode : Route::Dense;
   }
   if (route == Route::Decode) {

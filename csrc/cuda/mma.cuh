@@ -15,6 +15,26 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
                : "memory");
 }
 
+// `bytes` (4, 8 or a multiple of 16) to shared memory, of which the first `valid` come from memory.
+__device__ __forceinline__ void copy_async(uint32_t shared, const char* from, int bytes,
+                                           int valid) {
+  if (bytes == 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else if (bytes == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared), "l"(from),
+                 "r"(valid)
+                 : "memory");
+  } else {
+    for (int i = 0; i < bytes; i += 16) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared + i),
+                   "l"(from + i), "r"(max(0, min(16, valid - i)))
+                   : "memory");
+    }
+  }
+}
+
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::);
 }
@@ -194,5 +214,49 @@ __device__ __forceinline__ void unpack_codes(const uint32_t (&w)[(RUN * BITS + 7
     }
   }
 }
+
+// ---- activations -------------------------------------------------------------------------------
+
+template <int P>
+__device__ __forceinline__ void interleave(uint32_t (&w)[8]) {  // 16 elements, two a word
+  if constexpr (P > 1) {
+    uint32_t v[8];
+    constexpr int kWords = P / 2;
+#pragma unroll
+    for (int b = 0; b < 8; b += kWords) {
+#pragma unroll
+      for (int i = 0; i < kWords / 2; ++i) {
+        v[b + 2 * i] = __byte_perm(w[b + i], w[b + i + kWords / 2], 0x5410);
+        v[b + 2 * i + 1] = __byte_perm(w[b + i], w[b + i + kWords / 2], 0x7632);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) w[i] = v[i];
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float sum_of_pair(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&word));
+    return v.x + v.y;
+  } else {
+    return __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
+  }
+}
+
+// Where a warp is in the block's sequence of units: unit u is chunk u % count of tile u / count.
+struct Cursor {
+  int tile;
+  int chunk;
+  __device__ __forceinline__ void advance(int tiles, int chunks, int count) {
+    tile += tiles;
+    chunk += chunks;
+    if (chunk >= count) {
+      chunk -= count;
+      ++tile;
+    }
+  }
+};
 
 }  // namespace mkrs::cuda

@@ -227,6 +227,149 @@ __global__ void __launch_bounds__(kThreads) quantize_group_kernel(const T* weigh
   }
 }
 
+// The same for 16-bit weights, where arithmetic rather than memory would be the limit: ranges two
+// elements at a time, and one lane a group works out the quantizer.
+
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b, __half) {
+  const __half2 m = __hmin2_nan(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&m);
+}
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b, __nv_bfloat16) {
+  const __nv_bfloat162 m =
+      __hmin2_nan(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&m);
+}
+
+constexpr uint32_t kSigns = 0x80008000u;
+
+// (minimum, minus the maximum) of eight elements, so that one minimum joins two such ranges. NaN
+// stays, and infinities are limits: both show in the result.
+template <typename T>
+__device__ __forceinline__ uint32_t range_of(const uint4& v) {
+  const T type{};
+  uint32_t low = min_pair(min_pair(v.x, v.y, type), min_pair(v.z, v.w, type), type);
+  uint32_t high = min_pair(min_pair(v.x ^ kSigns, v.y ^ kSigns, type),
+                           min_pair(v.z ^ kSigns, v.w ^ kSigns, type), type);
+  low = min_pair(low, __byte_perm(low, low, 0x1032), type);
+  high = min_pair(high, __byte_perm(high, high, 0x1032), type);
+  return __byte_perm(low, high, 0x5410);
+}
+
+// Codes of eight elements whose distance from the group's shift is less than 2**15 steps: the
+// rounding of code_of, with both limits applied to two integers of 16 bits at a time.
+template <int BITS>
+__device__ __forceinline__ uint2 narrow_codes(const float (&v)[kVector], float shift, float inverse,
+                                              uint32_t center) {
+  uint32_t rounded[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    rounded[i] =
+        __float_as_uint(__fadd_rn(__fmul_rn(__fsub_rn(v[i], shift), inverse), 12582912.0f));
+  }
+  constexpr uint32_t kTop = ((1u << BITS) - 1) * 0x10001u;
+  const auto pair = [&](int low, int high) {
+    return __viaddmin_s16x2_relu(__byte_perm(rounded[low], rounded[high], 0x5410),
+                                 center * 0x10001u, kTop);
+  };
+  if constexpr (BITS == 8) {
+    return make_uint2(pair(0, 2) | pair(1, 3) << 8, pair(4, 6) | pair(5, 7) << 8);
+  } else {
+    const uint32_t all =
+        pair(0, 4) | pair(1, 5) << BITS | pair(2, 6) << (2 * BITS) | pair(3, 7) << (3 * BITS);
+    return make_uint2(BITS == 4 ? all : __byte_perm(all, 0, 0x4420), 0);
+  }
+}
+
+template <typename T, int BITS>
+__global__ void __launch_bounds__(kThreads) quantize_half_kernel(const T* weight, Target t) {
+  const int lanes = static_cast<int>(t.group_size) / kVector;  // of a group
+  const int lane = threadIdx.x % lanes;
+  const int64_t k = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kVector;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kUnroll + threadIdx.y;
+  const bool in_row = k < t.in_features;
+  const bool group_in_row = k - lane * kVector < t.in_features;
+  uint4 raw[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t row = first + u * blockDim.y;
+    raw[u] = make_uint4(0, 0, 0, 0);
+    if (in_row && row < t.rows) {
+      raw[u] = __ldg(reinterpret_cast<const uint4*>(weight + row * t.stride + k));
+    }
+  }
+  constexpr uint32_t kNothing = std::is_same_v<T, __half> ? 0x7c007c00u : 0x7f807f80u;
+  uint32_t range[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) range[u] = in_row ? range_of<T>(raw[u]) : kNothing;
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {  // every lane of the warp takes part
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      range[u] = min_pair(range[u], __shfl_xor_sync(~0u, range[u], offset), T{});
+    }
+  }
+
+  // Lane i of a group works for its row i (and i + 2 where groups have two lanes only).
+  float shift[kUnroll];
+  float inverse[kUnroll];
+  float center[kUnroll];
+  bool narrow = true;
+  const int stride = lanes < kUnroll ? lanes : kUnroll;
+  const int passes = kUnroll / stride;
+#pragma unroll
+  for (int pass = 0; pass < kUnroll / 2; ++pass) {
+    if (pass >= passes) break;
+    const int mine = pass * stride + lane % stride;
+    const uint32_t bits = mine == 0   ? range[0]
+                          : mine == 1 ? range[1]
+                          : mine == 2 ? range[2]
+                                      : range[3];
+    const T* ends = reinterpret_cast<const T*>(&bits);
+    const float low = to_float(ends[0]);
+    const float high = -to_float(ends[1]);
+    const int64_t row = first + mine * blockDim.y;
+    const bool finite = fabsf(low) <= FLT_MAX && fabsf(high) <= FLT_MAX;
+    const bool store = lane < stride && group_in_row && row < t.rows;
+    const Quantizer q =
+        quantizer_of<BITS>(t, low, high, finite, row * t.groups + (k >> t.shift), store);
+    narrow &= fmaxf(fabsf(low - q.shift), fabsf(high - q.shift)) * fabsf(q.inverse) < 30000.0f;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (u / stride != pass) continue;
+      shift[u] = __shfl_sync(~0u, q.shift, u % stride, lanes);
+      inverse[u] = __shfl_sync(~0u, q.inverse, u % stride, lanes);
+      center[u] = __shfl_sync(~0u, q.center, u % stride, lanes);
+    }
+  }
+  narrow = __all_sync(~0u, narrow || !group_in_row);
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t row = first + u * blockDim.y;
+    if (!in_row || row >= t.rows) continue;
+    const T* elements = reinterpret_cast<const T*>(&raw[u]);
+    float v[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = to_float(elements[i]);
+    uint2 packed;
+    if (narrow) {
+      packed = narrow_codes<BITS>(v, shift[u], inverse[u], static_cast<uint32_t>(center[u]));
+    } else {
+      const Quantizer q{0.0f, inverse[u], shift[u], center[u]};
+      uint64_t all = 0;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        all |= static_cast<uint64_t>(code_of<BITS>(q, v[i])) << (i * BITS);
+      }
+      packed = make_uint2(static_cast<uint32_t>(all), static_cast<uint32_t>(all >> 32));
+    }
+    uint8_t* out = t.codes + (row * t.in_features + k) * BITS / 8;
+    if constexpr (BITS == 8) *reinterpret_cast<uint2*>(out) = packed;
+    if constexpr (BITS == 4) *reinterpret_cast<uint32_t*>(out) = packed.x;
+    if constexpr (BITS == 2) {
+      *reinterpret_cast<unsigned short*>(out) = static_cast<unsigned short>(packed.x);
+    }
+  }
+}
+
 template <typename T, int BITS>
 void launch(const char* op, const T* weight, const Target& t, bool vector, cudaStream_t stream) {
   if (vector) {
@@ -236,7 +379,11 @@ void launch(const char* op, const T* weight, const Target& t, bool vector, cudaS
     const dim3 block(width, kThreads / width);
     const dim3 grid(static_cast<unsigned>(ceil_div(t.rows, int64_t{block.y} * kUnroll)),
                     static_cast<unsigned>(ceil_div(vectors, width)));
-    quantize_vector_kernel<T, BITS><<<grid, block, 0, stream>>>(weight, t);
+    if constexpr (sizeof(T) == 2) {
+      quantize_half_kernel<T, BITS><<<grid, block, 0, stream>>>(weight, t);
+    } else {
+      quantize_vector_kernel<T, BITS><<<grid, block, 0, stream>>>(weight, t);
+    }
   } else {
     const int64_t blocks = ceil_div(t.rows * t.groups * 32, kThreads);
     MKRS_CHECK(blocks < (int64_t{1} << 31), op, "the groups must fit one CUDA grid, got ",

@@ -119,7 +119,7 @@ class ShardedWriter:
                 target.mkdir(parents=True)
                 self._made = target
             self._directory = Path(os.path.realpath(target))
-            names = _names(len(shards), _indexed(self._directory / _INDEX))
+            names = file_names(self._directory, len(shards))
             for name, shard in zip(names, shards, strict=True):
                 self._add(self._directory / name, shard, strings, partial)
                 for tensor_name, spec in shard.items():
@@ -152,45 +152,15 @@ class ShardedWriter:
             self.files[0].close()
             self.written = [self.files[0].path]
             return
-        directory = self._directory
-        index_path = directory / _INDEX
-        # The index rules: until it changes, the old checkpoint is there, afterwards the new one.
-        # New shards have names that the old index does not have, see _names().
-        stale = {directory / name for name in _indexed(index_path)} | {directory / _SINGLE}
         for writer in self.files:
             writer._finish()
-        paths = [writer.path for writer in self.files]
-        sharded = paths != [directory / _SINGLE]
-        with contextlib.ExitStack() as stack:
-            suffix = "partial" if self._partial else f"{secrets.token_hex(6)}.tmp"
-            index = directory / f".{_INDEX}.{suffix}"
-            if sharded:
-                stack.callback(index.unlink, missing_ok=True)
-                self._write_index(index)
-            for writer in self.files:
-                writer._rename(writer.path)
-                if sharded:
-                    stack.callback(writer.path.unlink, missing_ok=True)
-            if sharded:
-                os.replace(index, index_path)
-            else:
-                index_path.unlink(missing_ok=True)
-            stack.pop_all()  # all is in place
-        _sync_directory(directory)
-        self.written = [*paths, index_path] if sharded else paths
-        for old in stale - set(paths):
-            old.unlink(missing_ok=True)
-
-    def _write_index(self, path: Path) -> None:
-        total = sum(spec.nbytes for spec in self.specs.values())
-        document = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(self._weight_map.items())),
-        }
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(document, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.written = replace_files(
+            self._directory,
+            {writer.path.name: writer._rename for writer in self.files},
+            self._weight_map,
+            sum(spec.nbytes for spec in self.specs.values()),
+            suffix="partial" if self._partial else None,
+        )
 
     def abort(self) -> None:
         """Give up; the old checkpoint stays as it is."""
@@ -258,12 +228,64 @@ def _plan(specs: Mapping[str, TensorSpec], limit: int | None) -> list[dict[str, 
     return shards
 
 
-def _names(count: int, taken: set[str]) -> list[str]:
-    """Names of a set's files, none of which an index that is in force has.
+def replace_files(
+    directory: Path,
+    moves: Mapping[str, Callable[[Path], object]],
+    weight_map: Mapping[str, str],
+    total_size: int,
+    suffix: str | None = None,
+) -> list[Path]:
+    """Put complete files in place of a directory's checkpoint, all or none of them.
+
+    The index rules: until it changes, the old checkpoint is there, afterwards the new one. So new
+    shards must have names that the old index does not have, see :func:`file_names`.
+
+    Args:
+        moves: name -> what moves that file to the path given.
+        weight_map, total_size: for the index.
+        suffix: of the index's temporary name; random by default.
+
+    Returns:
+        The files, the index last.
+    """
+    index_path = directory / _INDEX
+    stale = {directory / name for name in _indexed(index_path)} | {directory / _SINGLE}
+    paths = [directory / name for name in moves]
+    sharded = list(moves) != [_SINGLE]
+    with contextlib.ExitStack() as stack:
+        index = directory / f".{_INDEX}.{suffix or f'{secrets.token_hex(6)}.tmp'}"
+        if sharded:
+            stack.callback(index.unlink, missing_ok=True)
+            document = {
+                "metadata": {"total_size": total_size},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            with open(index, "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        for path, move in zip(paths, moves.values(), strict=True):
+            move(path)
+            if sharded:
+                stack.callback(path.unlink, missing_ok=True)
+        if sharded:
+            os.replace(index, index_path)
+        else:
+            index_path.unlink(missing_ok=True)
+        stack.pop_all()  # all is in place
+    _sync_directory(directory)
+    for old in stale - set(paths):
+        old.unlink(missing_ok=True)
+    return [*paths, index_path] if sharded else paths
+
+
+def file_names(directory: Path, count: int) -> list[str]:
+    """Names for a new set of files, none of which the index that is in force has.
 
     Hugging Face's names, except where a set replaces one of as many shards: then
     ``model.1-0000i-of-0000N``, and the usual ones the next time.
     """
+    taken = _indexed(directory / _INDEX)
     generation = 0
     while True:
         stem = f"model.{generation}" if generation else "model"

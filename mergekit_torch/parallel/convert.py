@@ -8,14 +8,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from ..checkpoint import Checkpoint, ConvertedCheckpoint, TensorSpec
-from ..checkpoint.save import _SINGLE, _indexed, _plan
-from ..checkpoint.writer import _sync_directory, parse_size
+from ..checkpoint.save import _plan, file_names, replace_files
+from ..checkpoint.writer import parse_size
 from ..memory import rewrite_checkpoint
 from .files import _write_json
 
@@ -30,7 +31,8 @@ class WorkPlan(NamedTuple):
     """Which files there will be, and which rank writes which.
 
     Attributes:
-        files: file name -> the specs of its tensors.
+        files: file name -> the specs of its tensors. Where it replaces a set of as many files it
+            gets another name in the end.
         owners: file name -> rank.
     """
 
@@ -134,6 +136,7 @@ def rewrite_on_ranks(
     job = _fingerprint(source, plan, strings)
     rank = dist.get_rank()
     _together(lambda: _prepare(staging, job, resume) if rank == 0 else None)
+    names = dict(zip(plan.files, file_names(directory, len(plan.files)), strict=True))
     own = [name for name, owner in plan.owners.items() if owner == rank]
 
     def work() -> None:
@@ -154,9 +157,9 @@ def rewrite_on_ranks(
             )
 
     _together(work)
+    _together(lambda: _commit(directory, staging, plan, specs, names) if rank == 0 else None)
     index = directory / "model.safetensors.index.json"
-    _together(lambda: _commit(directory, staging, plan, specs, index) if rank == 0 else None)
-    return [directory / name for name in plan.files] + [index] * (len(plan.files) > 1)
+    return [directory / name for name in names.values()] + [index] * index.exists()
 
 
 def _together(work: Callable[[], Any]) -> None:
@@ -218,30 +221,22 @@ def _commit(
     staging: Path,
     plan: WorkPlan,
     specs: Mapping[str, TensorSpec],
-    index: Path,
+    names: Mapping[str, str],
 ) -> None:
-    """Put all files in place; without its index an old set of files reads as incomplete."""
+    """Put all files in place under the names they are to have."""
     missing = [name for name in plan.files if not (staging / name).exists()]
     if missing:
         raise FileNotFoundError(f"{staging}: {', '.join(missing)} should be there, and is not")
-    stale = {directory / name for name in _indexed(index)} | {directory / _SINGLE}
     weight_map = {
-        stored: name
+        stored: names[name]
         for name, part in plan.files.items()
         for tensor, spec in part.items()
         for stored in spec.stored(tensor)
     }
-    index.unlink(missing_ok=True)
-    for name in plan.files:
-        os.replace(staging / name, directory / name)
-    if len(plan.files) > 1:
-        total = sum(spec.nbytes for spec in specs.values())
-        document = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        _write_json(index, document)
-    for old in stale - {directory / name for name in plan.files}:
-        old.unlink(missing_ok=True)
+    replace_files(
+        directory,
+        {names[name]: partial(os.replace, staging / name) for name in plan.files},
+        weight_map,
+        sum(spec.nbytes for spec in specs.values()),
+    )
     shutil.rmtree(staging, ignore_errors=True)
-    _sync_directory(directory)

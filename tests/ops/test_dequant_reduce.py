@@ -59,3 +59,26 @@ def test_nan_propagates(reduction, device):
         *w.components, bits=4, group_size=16, in_features=64, reduction=reduction
     )
     assert got.cpu().isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_inf_scales_and_rows_of_several_blocks(reduction, scheme, device):
+    k = 9000
+    for group_size in (256, k):
+        w = random_weight(4, k, 4, group_size, scheme, torch.float32)
+        w.scale[1, 0] = float("inf")
+        w.scale[2, -1] = -3e38  # finite, times a code not
+        expected = reference(*w.components, 4, w.group_size, k, reduction).double()
+        size = magnitude64(w)
+        size = size**2 if reduction == "sum_squares" else size
+        bound = (k + 8) * UNIT[torch.float32] * size.sum(-1) * reduction.startswith("sum")
+        w = w.to(device)
+        got = ops.dequant_reduce(
+            *w.components, bits=4, group_size=w.group_size, in_features=k, reduction=reduction
+        )
+        got = got.cpu().double()
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.isinf(), expected.isinf())
+        for row in (0, 3):
+            assert abs(got[row] - expected[row]) <= bound[row]

@@ -86,6 +86,11 @@ def test_same_as_alone(
         assert max(shares) < 1.35 * checkpoint.nbytes / world
     if size is None:
         assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == world
+        # Again: the new set takes other names, the old one goes.
+        run_ranks(world, convert, floats, tmp_path / "out")
+        same(tmp_path / "out", expected)
+        assert len(list((tmp_path / "out").glob("model.1-*.safetensors"))) == world
+        assert not list((tmp_path / "out").glob("model-*.safetensors"))
 
 
 def test_killed_rank(floats: Path, expected: Path, tmp_path: Path) -> None:
