@@ -53,8 +53,10 @@ lint: $(VENV)/test.stamp ## ruff and clang-format
 types: $(VENV)/test.stamp ## mypy
 	$(BIN)/mypy
 
+# The simulated GPU needs a process in which nobody has asked torch for MPS yet.
 pytest: $(VENV)/test.stamp ## the test suite; ARGS go to pytest
-	$(BIN)/python -m pytest --cov=mergekit_torch --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/metal_sim --cov=mergekit_torch --cov-report= $(ARGS)
+	$(BIN)/python -m pytest tests/metal_sim --cov=mergekit_torch --cov-append --cov-report=term $(ARGS)
 
 # One thread: kernels run on the simulator's own, and OpenMP's idle ones would only spin.
 test-mps: $(VENV)/test.stamp ## the op suite on the simulated GPU, every kernel call in 3 orders of threads

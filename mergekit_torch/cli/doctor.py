@@ -31,7 +31,7 @@ mkrs doctor --device cuda --quick --json
 MKRS_CPU_ISA=avx2 mkrs doctor --device cpu
 """,
         details="With --device every op is run against an independent float64 oracle and timed "
-        "against the memory's bandwidth;\nthe exit code is 1 if an answer is wrong. "
+        "against the\nmemory's bandwidth; the exit code is 1 if an answer is wrong. "
         "Paste the output into a bug report.",
     )
     parser.add_argument(

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from . import simulator
+
 HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)
 _cpu: dict[str, float] = defaultdict(float)
@@ -24,6 +26,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_process() -> None:
+    if not simulator.is_asked():
+        pytest.skip("torch was asked for an MPS device before: run tests/metal_sim by itself")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -249,6 +249,10 @@ using SimulatedHooks = sim::Hooks;
 C10_REGISTER_CLASS(MPSHooksRegistry, MPSHooks, SimulatedHooks)
 }  // namespace at
 
+// Whether torch asks the hooks above. It does not if anything asked it for MPS before they were
+// there: it keeps the first answer.
+extern "C" int sim_is_asked() { return at::detail::getMPSHooks().hasMPS(); }
+
 TORCH_LIBRARY_IMPL(aten, MPS, m) {
   m.impl("empty.memory_format", sim::empty);
   m.impl("empty_strided", sim::empty_strided);

@@ -151,6 +151,14 @@ def load() -> None:
     verify.install_if_asked()
 
 
+def is_asked() -> bool:
+    """Whether torch asks the simulator about devices, as gradients and mapped tensors need.
+
+    It does not in a process that asked for an MPS device before :func:`load`.
+    """
+    return bool(_loaded().sim_is_asked())
+
+
 def _loaded() -> ctypes.CDLL:
     load()
     assert _library is not None

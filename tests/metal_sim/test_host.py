@@ -134,7 +134,7 @@ LIMIT = 1 << 40
 
 
 @pytest.fixture
-def buffers() -> Iterator[ctypes.CDLL]:
+def buffers(own_process: None) -> Iterator[ctypes.CDLL]:
     library = ctypes.CDLL(str(simulator.build_host()))
     library.sim_set_longest_buffer.argtypes = [ctypes.c_int64]
     library.sim_live_buffers.restype = ctypes.c_int64

@@ -14,6 +14,7 @@ import mergekit_torch
 from mergekit_torch import QuantizeConfig, QuantizedEmbedding, QuantizedLinear, QuantizedTensor
 from mergekit_torch.checkpoint import open_checkpoint, save_checkpoint
 from mergekit_torch.memory import Arena, TensorCache, stream
+from mergekit_torch.parallel import place
 
 from . import simulator
 from .compiler import CompileError, zig
@@ -68,6 +69,7 @@ def test_quantized_tensor(bits: int, scheme: str) -> None:
     assert torch.equal((moved * 2).dequantize().cpu(), (here * 2).dequantize())
 
 
+@pytest.mark.usefixtures("own_process")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_modules(scheme: str) -> None:
     linear, embedding = nn.Linear(96, 40), nn.Embedding(50, 96)
@@ -198,6 +200,30 @@ def test_stream(tmp_path) -> None:
         assert stats.peak <= 24 << 10
 
 
+def test_place() -> None:
+    """Blocks on two kinds of device, activations moved between them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        tie_word_embeddings=False,
+        attn_implementation="eager",  # torch's fused one is not simulated
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    mergekit_torch.quantize_(model, QuantizeConfig(group_size=32))
+    ids = torch.randint(0, 97, (1, 5))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        placed = place(model, ["cpu", "mps"])
+        assert {device.type for device in placed.devices.values()} == {"cpu", "mps"}
+        close(model(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.usefixtures("own_process")
 def test_doctor(capsys, monkeypatch) -> None:
     from mergekit_torch import selftest
     from mergekit_torch.cli.main import main
@@ -216,6 +242,7 @@ def test_doctor(capsys, monkeypatch) -> None:
     assert data["failed"] == 0
 
 
+@pytest.mark.usefixtures("own_process")
 def test_doctor_reads_a_mapped_file(monkeypatch) -> None:
     """What the doctor makes of buffers over mapped files that fail."""
     from mergekit_torch.cli import doctor
