@@ -72,7 +72,7 @@ def test_inf_scales_and_rows_of_several_blocks(reduction, scheme, device):
         expected = reference(*w.components, 4, w.group_size, k, reduction).double()
         size = magnitude64(w)
         size = size**2 if reduction == "sum_squares" else size
-        bound = (k + 8) * UNIT[torch.float32] * size.sum(-1) * reduction.startswith("sum")
+        bound = (k + 8) * UNIT[torch.float32] * size.sum(-1)
         w = w.to(device)
         got = ops.dequant_reduce(
             *w.components, bits=4, group_size=w.group_size, in_features=k, reduction=reduction
@@ -81,4 +81,5 @@ def test_inf_scales_and_rows_of_several_blocks(reduction, scheme, device):
         assert torch.equal(got.isnan(), expected.isnan())
         assert torch.equal(got.isinf(), expected.isinf())
         for row in (0, 3):
-            assert abs(got[row] - expected[row]) <= bound[row]
+            error = abs(got[row] - expected[row])
+            assert error <= (bound[row] if reduction.startswith("sum") else 0)
