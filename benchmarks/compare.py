@@ -30,6 +30,8 @@ from .peers_cpu import GROUP, READING, Contender, Problem, contenders, reading_a
 
 RESULTS = Path(__file__).with_name("results")
 LAYERS = {"mlp": (11008, 4096), "attention": (4096, 4096), "small": (576, 576)}
+HOT = "cached"
+LAYERS[HOT] = (384, 4096)  # 0.9 MB at 4 bits
 INPUT_ROWS = (1, 4, 8, 32, 128, 512)
 
 
@@ -229,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", type=int, default=list(INPUT_ROWS))
     parser.add_argument("--threads", nargs="+", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=0.25, help="per contender and case")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--hot", action="store_true", help="a layer that stays in the cache")
+    parser.add_argument("--output", type=Path, help="default: cpu.json, cpu-hot.json")
     given = sys.argv[1:] if argv is None else argv
     if parser.parse_known_args(given)[0].device == "cuda":
         from . import compare_cuda
@@ -237,8 +240,9 @@ def main(argv: list[str] | None = None) -> int:
         return compare_cuda.main(given)
     args = parser.parse_args(given)
     most = torch.get_num_threads()
-    threads = args.threads or sorted({1, most})
-    cold = 8 * limits.last_cache_bytes()
+    threads = args.threads or ([1] if args.hot else sorted({1, most}))
+    cold = 0 if args.hot else 8 * limits.last_cache_bytes()
+    output = args.output or RESULTS / ("cpu-hot.json" if args.hot else "cpu.json")
     report: dict[str, Any] = {
         "command": "python -m benchmarks.compare " + " ".join(sys.argv[1:]),
         "machine": {
@@ -254,20 +258,24 @@ def main(argv: list[str] | None = None) -> int:
         "calls": {},
     }
     print("limits:", json.dumps(report["limits"]), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     for count in threads:
         todo = [(layer, m, 4) for layer in args.layers for m in args.rows]
         todo += [("mlp", m, bits) for bits in (8, 2) for m in args.rows if m in (1, 8, 512)]
+        if args.hot:
+            todo = [(HOT, m, bits) for bits in (4, 8, 2) for m in args.rows if m <= 128]
         for layer, m, bits in todo:
             print(f"{layer} {LAYERS[layer]} M={m}, {bits} bits, {count} threads", flush=True)
             report["cases"].append(matmul_case(layer, m, bits, count, cold, args.seconds))
+        if args.hot:
+            continue
         print(f"storage, {count} threads", flush=True)
         report["storage"] += storage_cases(count, args.seconds)
         report["calls"][str(count)] = call_cost(count)
     # Again at the end: a limit that moved says that the machine was not quiet.
     report["limits_after"] = limits.measure(most)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print("wrote", args.output)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print("wrote", output)
     return 0
 
 

@@ -67,7 +67,12 @@ class Problem:
 
 
 def copies_for(weight_bytes: int, cold_bytes: int, limit: int = 4096) -> int:
-    """How many copies must rotate so that a copy is out of the cache when its turn comes."""
+    """How many copies must rotate so that a copy is out of the cache when its turn comes.
+
+    One where nothing is to leave the cache (``cold_bytes`` 0).
+    """
+    if cold_bytes == 0:
+        return 1
     return max(2, min(limit, -(-cold_bytes // max(1, weight_bytes))))
 
 

@@ -235,7 +235,21 @@ def roofline(report: dict[str, Any], layer: str, threads: int, path: Path) -> No
     plt.close(figure)
 
 
-def section(report: dict[str, Any]) -> str:
+def hot_parts(report: dict[str, Any]) -> list[str]:
+    """What the kernels do when memory is no bound."""
+    case = report["cases"][0]
+    parts = [
+        f"### From the cache, N={case['n']} K={case['k']}, group 64",
+        f"`{report['command']}`, one thread; about 5 us of each time are the call from Python. "
+        "Peak of the int8 dot product: "
+        f"{best_limit(report, case['threads'], 'int8_gops'):.0f} GOP/s.",
+    ]
+    for bits in (4, 8, 2):
+        parts += [f"{bits} bits:", matmul_table(report, case["layer"], bits, case["threads"])]
+    return parts
+
+
+def section(report: dict[str, Any], hot: dict[str, Any] | None) -> str:
     """The CPU part of the page."""
     machine = report["machine"]
     threads = sorted({c["threads"] for c in report["cases"]})
@@ -270,6 +284,8 @@ def section(report: dict[str, Any]) -> str:
         for t in threads:
             parts.append(f"### N=11008 K=4096, {bits} bits, group 64, {t} threads")
             parts.append(matmul_table(report, "mlp", bits, t))
+    if hot is not None:
+        parts += hot_parts(hot)
     parts += ["### Storage ops, 11008 x 4096, 4 bits, group 64", storage_table(report)]
     parts += ["### Cost of one call from Python, 4 bits, M=1, hot", calls_table(report)]
     skipped = {k: v for c in report["cases"] for k, v in c["skipped"].items()}
@@ -287,7 +303,8 @@ def main(argv: list[str]) -> int:
 
         report_cuda.write(report)
         return 0
-    text = section(report)
+    hot = source.with_name("cpu-hot.json")
+    text = section(report, json.loads(hot.read_text()) if hot.exists() else None)
     page = PAGE.read_text() if PAGE.exists() else "# Performance\n"
     if BEGIN in page:
         start, end = page.index(BEGIN), page.index(END) + len(END)
