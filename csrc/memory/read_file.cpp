@@ -19,8 +19,9 @@
 namespace mkrs::memory {
 namespace {
 
-// One pread() call. Large enough that the call is nothing, small enough to balance threads.
-constexpr int64_t kPieceBytes = 1 << 20;
+// One pread() call. Pieces end at multiples of a huge page of the memory they fill: of two threads
+// that touch the same fresh one, both clear a page and one of them in vain.
+constexpr int64_t kPieceBytes = 2 << 20;
 
 struct Rows {
   int fd;
@@ -73,7 +74,7 @@ std::tuple<int64_t, int64_t> read_file(Tensor out, int64_t fd, int64_t offset, i
   }
   // Work is cut into pieces of whole rows, or of parts of one long row.
   const int64_t rows_per_piece = std::max<int64_t>(1, kPieceBytes / r.row_bytes);
-  const int64_t pieces_per_row = rows_per_piece > 1 ? 1 : (r.row_bytes - 1) / kPieceBytes + 1;
+  const int64_t pieces_per_row = rows_per_piece > 1 ? 1 : (r.row_bytes - 1) / kPieceBytes + 2;
   const int64_t pieces = (rows + rows_per_piece - 1) / rows_per_piece * pieces_per_row;
 
   std::atomic<int64_t> next{0};
@@ -85,10 +86,15 @@ std::tuple<int64_t, int64_t> read_file(Tensor out, int64_t fd, int64_t offset, i
       bool ok = true;
       if (pieces_per_row > 1) {
         const int64_t row = piece / pieces_per_row;
-        const int64_t begin = piece % pieces_per_row * kPieceBytes;
-        const int64_t count = std::min(kPieceBytes, r.row_bytes - begin);
-        ok = read_at(r.fd, r.out + row * r.row_bytes + begin, r.offset + row * r.row_stride + begin,
-                     count, &failure);
+        char* out = r.out + row * r.row_bytes;
+        const int64_t place = piece % pieces_per_row * kPieceBytes -
+                              static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kPieceBytes);
+        const int64_t begin = std::max<int64_t>(0, place);
+        const int64_t end = std::min(r.row_bytes, place + kPieceBytes);
+        if (begin < end) {
+          ok = read_at(r.fd, out + begin, r.offset + row * r.row_stride + begin, end - begin,
+                       &failure);
+        }
       } else {
         const int64_t begin = piece * rows_per_piece;
         const int64_t end = std::min(rows, begin + rows_per_piece);
