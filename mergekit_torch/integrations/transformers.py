@@ -225,7 +225,9 @@ def _fill(
         if tensor is None:
             tensor = placed[stored] = _moved(checkpoint[stored], device, dtype)
         _assign(model, owner, attribute, tensor, name)
-    extra = sorted(set(checkpoint) - used)
+    # Buffers that the model computes were stored with it by older releases.
+    computed = {name for name, _ in model.named_buffers()}
+    extra = sorted(set(checkpoint) - used - computed)
     if missing or extra:
         raise ValueError(
             f"the checkpoint does not fit {type(model).__name__}: "
