@@ -82,11 +82,6 @@ struct T {
 
 #include "cpu/limb_tiles.inc"
 
-// Not measured: no such processor was at hand. Tiles fill panels of 4 or 8 input rows.
-int64_t rows_inputs(int, int count) {
-  return count == 1 ? 8 : 4;
-}
-
 }  // namespace
 
 const limbs::Level level{"dotprod",        rows_inputs,   4,           24,

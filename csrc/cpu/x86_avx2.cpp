@@ -23,12 +23,7 @@ namespace {
 #include "cpu/convert.inc"
 #include "cpu/x86_vectors.inc"
 
-struct V : Vector256 {
-  // Two rows share the loads of limbs, which bind with several inputs and at 2 bits.
-  static constexpr int rows_at_once(int bits, int limbs, int inputs) {
-    return inputs == 1 && (bits == 8 || limbs < 3) ? 1 : 2;
-  }
-};
+using V = Vector256;
 
 #include "cpu/x86_maddubs.inc"
 // After the product that it drives.

@@ -43,10 +43,6 @@ namespace {
 #include "cpu/x86_vectors.inc"
 
 struct V : Vector256 {
-  static constexpr int rows_at_once(int bits, int limbs, int inputs) {
-    return inputs == 1 && (bits == 8 || limbs < 3) ? 1 : 2;
-  }
-
   // By name: around its intrinsic GCC copies and spills the accumulators.
   static void dot(Int& sum, Bytes codes, Bytes limb) {
     Int total = sum;
