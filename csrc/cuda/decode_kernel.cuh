@@ -345,19 +345,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
         for (int half = 0; half < 2; ++half) {
           uint32_t v[kLaneWords];
           const unsigned char* from = source + half * 8 * kUnitBytes;
-          if constexpr (kLaneBytes == 16) {
-            const uint4 q = *reinterpret_cast<const uint4*>(from);
-            v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-          } else if constexpr (kLaneBytes == 8) {
-            const uint2 q = *reinterpret_cast<const uint2*>(from);
-            v[0] = q.x, v[1] = q.y;
-          } else if constexpr (kLaneBytes == 4) {
-            v[0] = *reinterpret_cast<const uint32_t*>(from);
-          } else if constexpr (kLaneBytes == 2) {
-            v[0] = *reinterpret_cast<const unsigned short*>(from);
-          } else {
-            v[0] = *from;
-          }
+          load_codes<kLaneBytes>(from, v);
           unpack_codes<T, BITS, RUN>(v, a[half]);
         }
         const float2 low = unit_pairs[run * kDecodeRows];
@@ -366,16 +354,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32, 1) decode_kernel(const Deco
         for (int tc = 0; tc < TILES; ++tc) {
           uint32_t b[RUN * 2];
           const T* from = x[tc] + run * RUN * 16;
-          if constexpr (RUN == 1) {
-            const uint2 v = *reinterpret_cast<const uint2*>(from);
-            b[0] = v.x, b[1] = v.y;
-          } else {
-#pragma unroll
-            for (int i = 0; i < RUN / 2; ++i) {
-              const uint4 v = reinterpret_cast<const uint4*>(from)[i];
-              b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
-            }
-          }
+          load_inputs<RUN>(from, b);
           float sum[4] = {};
 #pragma unroll
           for (int j = 0; j < RUN; ++j) {

@@ -150,6 +150,40 @@ constexpr int kInterleave = BITS == 8   ? (std::is_same_v<T, __half> ? 1 : 4)
                             : BITS == 4 ? (RUN >= 2 ? 8 : 1)
                                         : (RUN == 4 ? 16 : 1);
 
+// A lane's packed codes of a run, BYTES of them.
+template <int BYTES>
+__device__ __forceinline__ void load_codes(const unsigned char* from,
+                                           uint32_t (&v)[(BYTES + 3) / 4]) {
+  if constexpr (BYTES == 16) {
+    const uint4 q = *reinterpret_cast<const uint4*>(from);
+    v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+  } else if constexpr (BYTES == 8) {
+    const uint2 q = *reinterpret_cast<const uint2*>(from);
+    v[0] = q.x, v[1] = q.y;
+  } else if constexpr (BYTES == 4) {
+    v[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (BYTES == 2) {
+    v[0] = *reinterpret_cast<const unsigned short*>(from);
+  } else {
+    v[0] = *from;
+  }
+}
+
+// A lane's activations of RUN products, as their operand registers.
+template <int RUN>
+__device__ __forceinline__ void load_inputs(const void* from, uint32_t (&b)[RUN * 2]) {
+  if constexpr (RUN == 1) {
+    const uint2 v = *static_cast<const uint2*>(from);
+    b[0] = v.x, b[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < RUN / 2; ++i) {
+      const uint4 v = static_cast<const uint4*>(from)[i];
+      b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
+    }
+  }
+}
+
 // The codes a lane contributes to RUN products (4 a product, RUN * 4 consecutive elements of a row)
 // as operand registers: a[j][0], a[j][1] of product j.
 template <typename T, int BITS, int RUN>

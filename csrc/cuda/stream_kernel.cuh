@@ -426,34 +426,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       for (int half = 0; half < 2; ++half) {
         uint32_t v[kLaneWords];
         const unsigned char* from = codes + half * 8 * 128;
-        if constexpr (kLaneBytes == 16) {
-          const uint4 q = *reinterpret_cast<const uint4*>(from);
-          v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
-        } else if constexpr (kLaneBytes == 8) {
-          const uint2 q = *reinterpret_cast<const uint2*>(from);
-          v[0] = q.x, v[1] = q.y;
-        } else if constexpr (kLaneBytes == 4) {
-          v[0] = *reinterpret_cast<const uint32_t*>(from);
-        } else if constexpr (kLaneBytes == 2) {
-          v[0] = *reinterpret_cast<const unsigned short*>(from);
-        } else {
-          v[0] = *from;
-        }
+        load_codes<kLaneBytes>(from, v);
         unpack_codes<T, BITS, RUN>(v, a[half]);
       }
       uint32_t b[RUN * 2];
       const unsigned char* x =
           shared + (my_run == r % kSpread ? x_unit : zero_lane) + r * (RUN * 32);
-      if constexpr (RUN == 1) {
-        const uint2 v = *reinterpret_cast<const uint2*>(x);
-        b[0] = v.x, b[1] = v.y;
-      } else {
-#pragma unroll
-        for (int i = 0; i < RUN / 2; ++i) {
-          const uint4 v = reinterpret_cast<const uint4*>(x)[i];
-          b[4 * i] = v.x, b[4 * i + 1] = v.y, b[4 * i + 2] = v.z, b[4 * i + 3] = v.w;
-        }
-      }
+      load_inputs<RUN>(x, b);
 #pragma unroll
       for (int j = 0; j < RUN; ++j) {
         mma(sum[j % kChains], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
