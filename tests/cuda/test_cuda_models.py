@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from models import tiny_llama
 
 from mergekit_torch import QuantizeConfig, QuantizedTensor, dequantize_, quantize_
 
@@ -59,17 +60,9 @@ def test_inductor_compiles_without_graph_breaks():
 
 
 def test_a_language_model_generates():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-    )
-    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model = tiny_llama(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2
+    ).to("cuda", torch.bfloat16)
     quantize_(model)
     dense = copy.deepcopy(model)
     dequantize_(dense)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from models import tiny_llama
 from torch import nn
 from torch.nn import functional as F
 
@@ -202,20 +203,10 @@ def test_stream(tmp_path) -> None:
 
 def test_place() -> None:
     """Blocks on two kinds of device, activations moved between them."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        tie_word_embeddings=False,
-        attn_implementation="eager",  # torch's fused one is not simulated
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    # torch's fused attention is not simulated.
+    model = tiny_llama(num_hidden_layers=4, attn_implementation="eager")
     mergekit_torch.quantize_(model, QuantizeConfig(group_size=32))
-    ids = torch.randint(0, 97, (1, 5))
+    ids = torch.randint(0, 203, (1, 5))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         placed = place(model, ["cpu", "mps"])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from models import tiny_llama
 from processes import run_ranks
-from test_parallel_models import logits, tiny_llama
+from test_parallel_models import logits
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 

@@ -22,28 +22,10 @@ from mergekit_torch.parallel.files import merge_shards, shard_checkpoint
 from mergekit_torch.parallel.transformers import load_parallel
 
 
-def tiny_llama(**changes: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    fields: dict[str, Any] = {
-        "vocab_size": 203,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**fields)).eval()
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    model = tiny_llama(attention_bias=True)
+    model = models.tiny_llama(attention_bias=True)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.normal_(parameter)
@@ -144,7 +126,7 @@ def check_mapped(rank: int, path: Path) -> Any:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
 def test_pages_touched(tmp_path: Path) -> None:
     """Rows are pages of the map, and no others; columns are read past it."""
-    model = tiny_llama(hidden_size=1536, intermediate_size=6144, num_hidden_layers=1)
+    model = models.tiny_llama(hidden_size=1536, intermediate_size=6144, num_hidden_layers=1)
     quantize_(model, QuantizeConfig(group_size=64))
     save_native(model, tmp_path)
     for pages, read, total in run_ranks(2, check_mapped, tmp_path):
@@ -166,13 +148,13 @@ def test_generate(llama: Path) -> None:
 
 
 def check_in_memory(rank: int, expected: torch.Tensor) -> None:
-    model = tiny_llama(tie_word_embeddings=True)
+    model = models.tiny_llama(tie_word_embeddings=True)
     quantize_(model, QuantizeConfig(group_size=32))
     tensor_parallel_(model)
     torch.testing.assert_close(logits(model), expected, rtol=2e-4, atol=2e-4)
     assert model.lm_head.weight_codes is model.model.embed_tokens.weight_codes
     # What is not quantized is split by torch's own styles.
-    model = tiny_llama(num_attention_heads=4)
+    model = models.tiny_llama(num_attention_heads=4)
     plain = logits(model)
     mesh = init_device_mesh("cpu", (2,))
     plan = {"*.gate_proj": "colwise", "*.up_proj": "colwise", "*.down_proj": "rowwise"}
@@ -181,19 +163,19 @@ def check_in_memory(rank: int, expected: torch.Tensor) -> None:
 
 
 def test_in_memory() -> None:
-    model = tiny_llama(tie_word_embeddings=True)
+    model = models.tiny_llama(tie_word_embeddings=True)
     quantize_(model, QuantizeConfig(group_size=32))
     run_ranks(2, check_in_memory, logits(model))
 
 
 def check_refuses(rank: int, path: Path) -> None:
-    model = tiny_llama(hidden_size=320, num_attention_heads=5, num_key_value_heads=1)
+    model = models.tiny_llama(hidden_size=320, num_attention_heads=5, num_key_value_heads=1)
     quantize_(model, QuantizeConfig(group_size=256))
     with pytest.raises(ValueError, match=r"o_proj: .*multiples of 256 columns, so at most 1 ranks"):
         tensor_parallel_(model)
     with pytest.raises(ValueError, match="llama-style"):
         tensor_parallel_(nn.Sequential(nn.Linear(8, 8)))
-    model = tiny_llama()
+    model = models.tiny_llama()
     quantize_(model, QuantizeConfig(group_size=16))
     tensor_parallel_(model)
     # A part must not be taken for the whole.

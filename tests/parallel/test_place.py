@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel_models import IDS, logits, tiny_llama
+from models import tiny_llama
+from test_parallel_models import IDS, logits
 from torch import nn
 
 from mergekit_torch import QuantizeConfig, QuantizedLinear, quantize_
