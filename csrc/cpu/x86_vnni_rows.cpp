@@ -3,9 +3,11 @@
 //
 // Floor: bytes of codes, scales and zeros over the memory bandwidth. Instructions per 64 bytes of
 // codes at 4 bits, one input row, three limbs: 6 vpdpbusd, 3 to unpack, 2 shifts, 1 add, convert,
-// permute, multiply-add, prefetch: about 16, so a core at 3.7 GHz passes 23 GB/s when cache-hot.
+// permute, multiply-add: 15 on four pipes that each take two cycles for 64 bytes, so 7.5 cycles at
+// least; measured 10.0 of a cache-hot kernel, 26 GB/s of codes and scales at 3.65 GHz.
 #if defined(__x86_64__)
 
+#include "cpu/page_touch.h"
 #include "cpu/x86_vnni.h"
 
 #include <immintrin.h>
@@ -26,30 +28,34 @@ namespace {
 // Register arrays live in registers only where every loop over them is unrolled.
 #define MKRS_UNROLL _Pragma("GCC unroll 8")
 
-// Prefetching into L2, not L1, keeps enough lines in flight for the full bandwidth: 33 GB/s on two
-// Zen 4 cores against 26 into L1 and 19 without. Reaching past a row's end finds the next rows.
-constexpr int64_t kPrefetchBytes = 6144;
+// Prefetching into L2, not L1, and this far ahead keeps enough lines in flight: hardware
+// prefetchers alone follow rows that are read side by side at a quarter of the memory's rate.
+constexpr int64_t kPrefetchBytes = 16384;
 
 // Prepared input row. For every 64 bytes of codes: limbs [limb][part][64] where part p of byte j is
 // the activation of that byte's p-th code; then the centring terms of each lane, int32 [16], of the
-// leading limb (with more than one) and of the others together; then each lane's scale, float [16].
-// After the vectors: the sum of every group, padded to 16 with zeros.
+// leading limb (with more than one) and of the others together. After the vectors, as floats padded
+// to 16 with zeros: the scale of every span, the sum of every group, and a power of two that those
+// are multiples of: with the largest scale near one, its product with a weight's scale neither
+// overflows nor vanishes before the result does.
 struct Layout {
-  int64_t vectors, vector_bytes, spans, sums_at, bytes;
+  int64_t vectors, vector_bytes, spans, scales_at, sums_at, power_at, bytes;
 
   Layout(const QuantizedWeight& w, int limbs, int64_t span) {
     const int64_t parts = 8 / w.bits;
     vectors = (w.in_features + 64 * parts - 1) / (64 * parts);
-    vector_bytes = 64 * (limbs * parts + (limbs > 1 ? 3 : 2));
+    vector_bytes = 64 * (limbs * parts + (limbs > 1 ? 2 : 1));
     spans = (w.in_features + span - 1) / span;
-    sums_at = vectors * vector_bytes;
-    bytes = sums_at + (w.groups + 15) / 16 * 64;
+    scales_at = vectors * vector_bytes;
+    sums_at = scales_at + (spans + 15) / 16 * 64;
+    power_at = sums_at + (w.groups + 15) / 16 * 64;
+    bytes = power_at + 64;
   }
 };
 
-// One vector's worth of limbs in code order to [limb][part][64], centring terms and scales.
-inline void store_vector(const int8_t (*linear)[256], const float* lane_scale, int limbs,
-                         const QuantizedWeight& w, char* out) {
+// One vector's worth of limbs in code order to [limb][part][64] and centring terms.
+inline void store_vector(const int8_t (*linear)[256], int limbs, const QuantizedWeight& w,
+                         char* out) {
   const int parts = 8 / w.bits;
   const __m512i center = _mm512_set1_epi32(-center_of(w));
   __m512i leading = _mm512_setzero_si512();
@@ -85,7 +91,6 @@ inline void store_vector(const int8_t (*linear)[256], const float* lane_scale, i
     terms += 64;
   }
   _mm512_store_si512(terms, _mm512_mullo_epi32(others, center));
-  _mm512_store_si512(terms + 64, _mm512_loadu_si512(lane_scale));
 }
 
 template <int BITS>
@@ -162,29 +167,38 @@ inline void dot(const __m512i (&codes)[R][8 / BITS], const char* x, __m512 (&sum
   }
 }
 
-// One vector of R rows' packed codes times M input vectors; `scale` is each lane's weight scale.
-template <int BITS, int LIMBS, int M, int R>
-inline void accumulate(const __m512i (&packed)[R], const char* x, int64_t unit_bytes,
-                       const __m512 (&scale)[R], __m512 (&acc)[R][M]) {
-  constexpr int64_t kLaneScales = 64 * (LIMBS * 8 / BITS + (LIMBS > 1 ? 2 : 1));
-  __m512i codes[R][8 / BITS];
-  MKRS_UNROLL for (int r = 0; r < R; ++r) unpack<BITS>(packed[r], codes[r]);
-  MKRS_UNROLL for (int m = 0; m < M; ++m) {
-    const char* input = x + m * unit_bytes;
-    __m512 sum[R];
-    dot<BITS, LIMBS, R>(codes, input, sum);
-    const __m512 input_scale = in_register(_mm512_load_ps(input + kLaneScales));
-    MKRS_UNROLL for (int r = 0; r < R; ++r) {
-      acc[r][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum[r], input_scale), scale[r], acc[r][m]);
-    }
+// Which scales the lanes of a row's vectors take. Sixteen spans are worked on at a time; they share
+// the scales of sixteen groups, or of 16 >> dup groups where several spans make a group.
+struct Spans {
+  bool one_group;        // then every span has group 0's scale
+  int dup;               // else span s belongs to group s >> dup
+  int64_t repeats;       // sixteens of spans that one load of group scales serves
+  __m512i first_repeat;  // a span's group among the sixteen loaded, for the first sixteen spans
+  __m512i repeat_step;   // and what it moves on by
+  int64_t vectors;       // of sixteen spans
+  __m512i first_vector;  // a lane's span among the sixteen, in their first vector
+  __m512i vector_step;
+
+  Spans(const QuantizedWeight& w, int64_t span) : one_group(w.groups == 1) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const int span_shift = __builtin_ctzll(static_cast<uint64_t>(span));
+    const int lane_shift = span_shift - __builtin_ctz(static_cast<unsigned>(32 / w.bits));
+    dup = one_group ? 0 : __builtin_ctzll(static_cast<uint64_t>(w.group_size)) - span_shift;
+    repeats = int64_t{1} << dup;
+    first_repeat =
+        one_group ? _mm512_setzero_si512() : _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(dup));
+    repeat_step = _mm512_set1_epi32(one_group ? 0 : 16 >> dup);
+    vectors = 16 * span * w.bits / 512;
+    first_vector = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(lane_shift));
+    vector_step = _mm512_set1_epi32(16 >> lane_shift);
   }
-}
+};
 
 // What the kernels share about one call.
 struct Call {
   const QuantizedWeight& w;
   Layout layout;
-  int64_t span;
+  Spans spans;
   const char* input;  // prepared rows of the M in hand
   int64_t unit_bytes;
   const void* bias;
@@ -192,23 +206,32 @@ struct Call {
   int64_t m0;
 };
 
+// Scales of the sixteen groups that span s begins, for rows [n, n + R); and what those groups' zero
+// points or offsets add to the sums, which is theirs times the sum of the activations.
+template <int M, int R>
+__attribute__((always_inline)) inline void load_groups(const Call& c, int64_t n, int64_t s,
+                                                       __m512 (&own)[R], __m512 (&acc)[R][M]) {
+  const QuantizedWeight& w = c.w;
+  const int64_t g = c.spans.one_group ? 0 : s >> c.spans.dup;
+  const __mmask16 groups = first_lanes(w.groups - g);
+  MKRS_UNROLL for (int r = 0; r < R; ++r) {
+    own[r] = load_scales(w, n + r, g, groups);
+    if (w.scheme != Scheme::Symmetric && (!c.spans.one_group || s == 0)) {
+      const __m512 shift = load_shifts(w, n + r, g, groups, own[r]);
+      MKRS_UNROLL for (int m = 0; m < M; ++m) {
+        const char* sums = c.input + m * c.unit_bytes + c.layout.sums_at + 4 * g;
+        acc[r][m] = _mm512_fmadd_ps(shift, _mm512_load_ps(sums), acc[r][m]);
+      }
+    }
+  }
+}
+
 // Rows [n, n + R) times M input rows.
 template <int BITS, int LIMBS, int M, int R>
 inline void rows_block(const Call& c, int64_t n) {
-  constexpr int kParts = 8 / BITS;
-  constexpr int64_t kCodes = 64 * kParts;
   const QuantizedWeight& w = c.w;
-  const int span_shift = __builtin_ctzll(static_cast<uint64_t>(c.span));
-  const int lane_shift = span_shift - __builtin_ctz(32 / BITS);
-  const bool one_group = w.groups == 1;
-  // Span s belongs to group s >> dup.
-  const int dup = one_group ? 0 : __builtin_ctzll(static_cast<uint64_t>(w.group_size)) - span_shift;
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m128i lane_count = _mm_cvtsi32_si128(lane_shift);
-  const __m512i dup_index = _mm512_srl_epi32(lanes, _mm_cvtsi32_si128(dup));
   const int64_t row_bytes = code_bytes(w.in_features, BITS);
   const int64_t full_vectors = row_bytes / 64;
-  const int64_t block_vectors = 16 * c.span / kCodes;
 
   const uint8_t* codes[R];
   __m512 acc[R][M];
@@ -217,60 +240,66 @@ inline void rows_block(const Call& c, int64_t n) {
     MKRS_UNROLL for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
   }
 
-  int64_t v = 0;
-  for (int64_t s = 0; s < c.layout.spans; s += 16) {
-    __m512 scale[R];
+  __m512 own[R];
+  const Spans spans = c.spans;
+  __m512i repeat = spans.first_repeat;
+  const int64_t repeat_mask = 16 * spans.repeats - 1;
+  int64_t first = 0;
+  for (int64_t s = 0; s < c.layout.spans; s += 16, first += spans.vectors) {
+    if ((s & repeat_mask) == 0) {
+      load_groups<M, R>(c, n, s, own, acc);
+      repeat = spans.first_repeat;
+    }
+    __m512 scale[R][M];
     MKRS_UNROLL for (int r = 0; r < R; ++r) {
-      if (one_group) {
-        scale[r] = _mm512_set1_ps(load_float(w.scale, (n + r) * w.scale_stride, w.scale_type));
-      } else {
-        const int64_t g = s >> dup;
-        const int64_t count = std::min<int64_t>(w.groups - g, 16 >> dup);
-        scale[r] = load_scales(w, n + r, g, first_lanes(count));
-        if (dup != 0) scale[r] = _mm512_permutexvar_ps(dup_index, scale[r]);
+      const __m512 repeated = _mm512_permutexvar_ps(repeat, own[r]);
+      MKRS_UNROLL for (int m = 0; m < M; ++m) {
+        const char* scales = c.input + m * c.unit_bytes + c.layout.scales_at + 4 * s;
+        scale[r][m] = _mm512_mul_ps(repeated, _mm512_load_ps(scales));
       }
     }
-    const int64_t here = std::min(block_vectors, c.layout.vectors - v);
-    for (int64_t j = 0; j < here; ++j) {
-      const __m512i index = _mm512_srl_epi32(
-          _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(16 * j))), lane_count);
-      const int64_t at = 64 * (v + j);
-      __m512i packed[R];
-      __m512 lane_scale[R];
-      MKRS_UNROLL for (int r = 0; r < R; ++r) {
-        lane_scale[r] = _mm512_permutexvar_ps(index, scale[r]);
-        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + at + kPrefetchBytes), _MM_HINT_T1);
-      }
-      if (__builtin_expect(v + j < full_vectors, 1)) {
-        MKRS_UNROLL for (int r = 0; r < R; ++r) packed[r] = _mm512_loadu_si512(codes[r] + at);
-      } else {
-        // The row's end: bytes past it belong to others and are not read.
-        const __mmask64 mask = (uint64_t{1} << (row_bytes - at)) - 1;
+    repeat = _mm512_add_epi32(repeat, spans.repeat_step);
+
+    const auto multiply = [&](int64_t at, const __m512i(&codes_at)[R], __m512i lanes) {
+      __m512i unpacked[R][8 / BITS];
+      MKRS_UNROLL for (int r = 0; r < R; ++r) unpack<BITS>(codes_at[r], unpacked[r]);
+      MKRS_UNROLL for (int m = 0; m < M; ++m) {
+        __m512 sum[R];
+        dot<BITS, LIMBS, R>(unpacked, c.input + m * c.unit_bytes + at * c.layout.vector_bytes, sum);
         MKRS_UNROLL for (int r = 0; r < R; ++r) {
-          packed[r] = _mm512_maskz_loadu_epi8(mask, codes[r] + at);
+          acc[r][m] = _mm512_fmadd_ps(sum[r], _mm512_permutexvar_ps(lanes, scale[r][m]), acc[r][m]);
         }
       }
-      accumulate<BITS, LIMBS, M, R>(packed, c.input + (v + j) * c.layout.vector_bytes, c.unit_bytes,
-                                    lane_scale, acc);
+    };
+    __m512i packed[R];
+    __m512i lane = spans.first_vector;
+    int64_t v = first;
+    const int64_t here = std::min(v + spans.vectors, c.layout.vectors);
+    for (const int64_t full = std::min(here, full_vectors); v < full; ++v) {
+      MKRS_UNROLL for (int r = 0; r < R; ++r) {
+        packed[r] = _mm512_loadu_si512(codes[r] + 64 * v);
+        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + 64 * v + kPrefetchBytes),
+                     _MM_HINT_T1);
+      }
+      multiply(v, packed, lane);
+      lane = _mm512_add_epi32(lane, spans.vector_step);
     }
-    v += block_vectors;
+    if (v < here) {
+      // The row's end: bytes past it belong to others and are not read.
+      const __mmask64 mask = (uint64_t{1} << (row_bytes - 64 * v)) - 1;
+      MKRS_UNROLL for (int r = 0; r < R; ++r) {
+        packed[r] = _mm512_maskz_loadu_epi8(mask, codes[r] + 64 * v);
+      }
+      multiply(v, packed, lane);
+    }
   }
 
-  if (w.scheme != Scheme::Symmetric) {
-    for (int64_t g = 0; g < w.groups; g += 16) {
-      const __mmask16 mask = first_lanes(w.groups - g);
-      MKRS_UNROLL for (int r = 0; r < R; ++r) {
-        const __m512 shift = load_shifts(w, n + r, g, mask, load_scales(w, n + r, g, mask));
-        MKRS_UNROLL for (int m = 0; m < M; ++m) {
-          const char* sums = c.input + m * c.unit_bytes + c.layout.sums_at + 4 * g;
-          acc[r][m] = _mm512_fmadd_ps(shift, _mm512_load_ps(sums), acc[r][m]);
-        }
-      }
-    }
-  }
   MKRS_UNROLL for (int m = 0; m < M; ++m) {
+    const char* input = c.input + m * c.unit_bytes;
+    float power;
+    std::memcpy(&power, input + c.layout.power_at, sizeof power);
     MKRS_UNROLL for (int r = 0; r < R; ++r) {
-      float value = _mm512_reduce_add_ps(acc[r][m]);
+      float value = _mm512_reduce_add_ps(acc[r][m]) * power;
       if (c.bias != nullptr) value += load_float(c.bias, n + r, c.out.type);
       store_float(c.out.data, (c.m0 + m) * c.out.stride + n + r, c.out.type, value);
     }
@@ -279,11 +308,15 @@ inline void rows_block(const Call& c, int64_t n) {
 
 template <int BITS, int LIMBS, int M>
 void rows_range(const Call& c, int64_t begin, int64_t end) {
-  // More weight rows share an activation's loads, which bind at 2 bits (12 limb vectors per 64
-  // bytes of codes) and with several input rows; else more streams cost more than they save.
-  constexpr int kRows = BITS == 2 && M == 1 ? 3 : LIMBS == 1 && BITS != 2 && M > 2 ? 4 : 2;
+  // More weight rows share an activation's loads, which bind with several limbs or input rows; else
+  // more streams cost more than they save.
+  constexpr int kRows = M == 1 ? 3 : LIMBS == 1 && BITS != 2 && M > 2 ? 4 : 2;
   int64_t n = begin;
-  for (; n + kRows <= end; n += kRows) rows_block<BITS, LIMBS, M, kRows>(c, n);
+  PageTouch pages(c.w, begin, end);
+  for (; n + kRows <= end; n += kRows) {
+    pages.reach(n);
+    rows_block<BITS, LIMBS, M, kRows>(c, n);
+  }
   for (; n < end; ++n) rows_block<BITS, LIMBS, M, 1>(c, n);
 }
 
@@ -317,14 +350,14 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
   const Layout layout(w, plan.limbs, plan.span);
   const int64_t vector_codes = 64 * (8 / w.bits);
   const float top = top_value(plan.limbs);
-  const int64_t lane_codes = 32 / w.bits;
   alignas(64) int8_t linear[3][256];
-  alignas(64) float lane_scale[16];
   Span part;
   for (int64_t m = begin; m < end; ++m) {
     char* out = static_cast<char*>(scratch) + m * plan.unit_bytes;
-    std::memset(out + layout.sums_at, 0, static_cast<size_t>(layout.bytes - layout.sums_at));
+    std::memset(out + layout.scales_at, 0, static_cast<size_t>(layout.bytes - layout.scales_at));
+    float* scales = reinterpret_cast<float*>(out + layout.scales_at);
     float* sums = reinterpret_cast<float*>(out + layout.sums_at);
+    float largest = 0.0f;
     double sum = 0.0;
     int64_t group = 0, group_end = w.group_size;
     for (int64_t v = 0; v < layout.vectors; ++v) {
@@ -337,10 +370,9 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
         for (int l = 0; l < plan.limbs; ++l) {
           std::memcpy(linear[l] + i, part.limb[l], static_cast<size_t>(plan.span));
         }
-        for (int64_t lane = 0; lane < plan.span / lane_codes; ++lane) {
-          lane_scale[i / lane_codes + lane] = part.scale;
-        }
         if (n <= 0) continue;
+        scales[k / plan.span] = part.scale;
+        largest = std::max(largest, part.scale);
         sum += static_cast<double>(part.scale) * part.sum;
         if (k + n >= group_end || k + n == w.in_features) {
           sums[group++] = static_cast<float>(sum);
@@ -348,8 +380,16 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
           group_end += w.group_size;
         }
       }
-      store_vector(linear, lane_scale, plan.limbs, w, out + v * layout.vector_bytes);
+      store_vector(linear, plan.limbs, w, out + v * layout.vector_bytes);
     }
+    int exponent = 0;
+    if (largest > 0.0f) std::frexp(largest, &exponent);
+    const float power = std::ldexp(1.0f, exponent);
+    // Scales are at least kSmallestSpan / 2^23, so powers and their inverses are normal numbers.
+    const float inverse = std::ldexp(1.0f, -exponent);
+    for (int64_t i = 0; i < layout.spans; ++i) scales[i] *= inverse;
+    for (int64_t i = 0; i < w.groups; ++i) sums[i] *= inverse;
+    std::memcpy(out + layout.power_at, &power, sizeof power);
   }
   return true;
 }
@@ -358,12 +398,13 @@ void rows_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix&
                  const void* scratch, const void* bias, int64_t begin, int64_t end,
                  const Output& out) {
   const Layout layout(w, plan.limbs, plan.span);
+  const Spans spans(w, plan.span);
   const int64_t block = x.rows <= kPassInputs ? end - begin : kPassRows;
   for (int64_t n = begin; n < end; n += block) {
     for (int64_t m = 0; m < x.rows; m += kPassInputs) {
       const Call call{w,
                       layout,
-                      plan.span,
+                      spans,
                       static_cast<const char*>(scratch) + m * plan.unit_bytes,
                       plan.unit_bytes,
                       bias,
