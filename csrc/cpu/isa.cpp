@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "cpu/limbs.h"
+#include "cpu/page_touch.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -100,8 +100,9 @@ struct Kernels {
                                   int64_t end, int64_t* bad_row);
 };
 
-// Column blocks of matmul_t start at multiples of this: a whole byte of codes at every width.
-constexpr int64_t kColumnAlign = 16;
+// Column blocks of matmul_t start at multiples of this: whole strips of the widest kernel,
+// whole bytes at every width.
+constexpr int64_t kColumnAlign = 64;
 
 // The table in force. Throws std::runtime_error when MKRS_CPU_ISA asks for what is not there.
 const Kernels& kernels();

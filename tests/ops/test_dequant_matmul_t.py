@@ -65,3 +65,29 @@ def test_reference_agrees_and_empty(device):
             in_features=k,
         )
         assert torch.equal(got.cpu(), torch.zeros(m, k))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+def test_extreme_inputs(scheme, value, device):
+    # A code of zero under an infinite activation is what the format says it is: its offset.
+    for bits, group_size in ((8, 16), (4, 64), (2, 64), (4, 16)):
+        w = random_weight(40, 200, bits, group_size, scheme, torch.float32, device)
+        w.codes[:, :16] = 0
+        x = torch.randn(5, 40)
+        x[3, 7] = value
+        got = ops.dequant_matmul_t(
+            x.to(device), *w.components, bits=bits, group_size=group_size, in_features=200
+        ).cpu()
+        weight = torch.from_numpy(dequantize64(w)).float()
+        expected = x @ weight
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got[3]), kind(expected[3]))
+        others = [0, 1, 2, 4]
+        bound = transposed_bound(
+            x[others].double().numpy(),
+            w,
+            x[others].double().numpy() @ dequantize64(w),
+            torch.float32,
+        )
+        assert_within(got[others], x[others].double().numpy() @ dequantize64(w), bound)
