@@ -10,7 +10,6 @@
 #include <stdexcept>
 
 #include "cpu/limbs.h"
-#include "cpu/page_touch.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -107,6 +106,7 @@ struct WithLimbs {
     } else if (LIMBS.tiles_units != nullptr) {
       plan.regime = Regime::Tiles;
       plan.units = LIMBS.tiles_units(x.rows, plan.limbs);
+      plan.unit_rows = kInputAlign / LIMBS.tiles_units(kInputAlign, plan.limbs);
       plan.unit_bytes = LIMBS.tiles_unit_bytes(w, plan.limbs, plan.span);
       plan.weight_rows = LIMBS.tiles_weight_rows;
     } else {

@@ -70,6 +70,7 @@ struct MatmulPlan {
   int limbs = 0;             // int8 digits of one activation (Rows, Tiles)
   int64_t span = 0;          // activations that share one fixed-point scale
   int64_t units = 0;         // pieces of the input that `prepare` works on; 0: nothing to prepare
+  int64_t unit_rows = 1;     // input rows of a unit, a divisor of kInputAlign
   int64_t unit_bytes = 0;    // bytes of scratch per unit, a multiple of 64
   int64_t weight_rows = 16;  // rows of the weight in one item of parallel work
 };
@@ -99,6 +100,9 @@ struct Kernels {
   QuantizeStatus (*quantize_rows)(const Matrix& weight, const QuantizeTarget& target, int64_t begin,
                                   int64_t end, int64_t* bad_row);
 };
+
+// Input rows that a product is given apart from others start at multiples of this.
+constexpr int64_t kInputAlign = 64;
 
 // Column blocks of matmul_t start at multiples of this: whole strips of the widest kernel,
 // whole bytes at every width.

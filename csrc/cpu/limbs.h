@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "cpu/isa.h"
+#include "cpu/page_touch.h"
 
 namespace mkrs::cpu::limbs {
 

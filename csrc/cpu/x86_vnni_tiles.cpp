@@ -522,7 +522,9 @@ void multiply_tiles(const MatmulPlan& plan, const QuantizedWeight& w, const Matr
   for (int64_t m0 = 0; m0 < x.rows; m0 += kInputBlock) {
     const int64_t inputs = std::min(kInputBlock, x.rows - m0);
     const int64_t panels = (inputs + kPanel - 1) / kPanel;
+    PageTouch pages(w, begin, end);
     for (int64_t n = begin; n < end; n += Tile::kRows) {
+      pages.reach(n);
       tile.rows = std::min(Tile::kRows, end - n);
       std::memset(sums, 0, static_cast<size_t>(panels * sums_stride) * sizeof(float));
       for (int64_t k = 0; k < w.in_features; k += Tile::kDepth) {

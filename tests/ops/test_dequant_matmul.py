@@ -44,6 +44,26 @@ def test_larger_layers(dtype, device):
             check(torch.randn(m, k).to(dtype).to(device), w)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_few_weight_rows(scheme, dtype, device):
+    """Work is cut along K where there are few rows, along the input where there are many of that."""
+    shapes = ((1, 131072 + 65, 2), (3, 50000, 1), (8, 20100, 5), (5, 600, 300), (40, 200, 513))
+    for i, (rows, k, m) in enumerate(shapes):
+        for bits, group_size in ((4, 64), (2, 16), (8, k)):
+            w = random_weight(rows, k, bits, group_size, scheme, FLOATS[i % 3], device)
+            x = torch.randn(m, k).to(dtype).to(device)
+            check(x, w, torch.randn(rows).to(dtype).to(device) if i % 2 else None)
+    w = random_weight(2, 65536, 4, 64, scheme, device=device)
+    x = torch.randn(3, 65536, device=device)
+    x[1, 40000] = float("inf")  # in the second of the parts
+    got = ops.dequant_matmul(x, *w.components, bits=4, group_size=64)
+    assert not got[1].isfinite().any()
+    check_rows = [0, 2]
+    expected = ops.dequant_matmul(x[check_rows], *w.components, bits=4, group_size=64)
+    torch.testing.assert_close(got[check_rows], expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_input_views(bits, scheme, device):
@@ -151,10 +171,10 @@ def test_gradients(device):
 
 @pytest.mark.skipif("not torch.get_num_threads() > 1", reason="needs two threads")
 def test_threads_do_not_change_the_result():
-    w = random_weight(700, 576, 4, 32, "affine")
     threads = torch.get_num_threads()
-    for m in (1, 9, 64):
-        x = torch.randn(m, 576)
+    for rows, k, m in ((700, 576, 1), (700, 576, 9), (700, 576, 64), (5, 40000, 1), (9, 576, 400)):
+        w = random_weight(rows, k, 4, 32, "affine")
+        x = torch.randn(m, k)
         try:
             torch.set_num_threads(1)
             one = ops.dequant_matmul(x, *w.components, bits=4, group_size=32)
