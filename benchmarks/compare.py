@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from mergekit_torch import ops
+from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, gguf_unpack
+from mergekit_torch.ops.gguf_unpack import reference as gguf_reference
 
 from . import limits
 from .peers_cpu import GROUP, READING, Contender, Problem, contenders, reading_alone
@@ -143,8 +145,13 @@ def numpy_dequantize(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -
     return (g * scale[..., None].astype(np.float32) + offset[..., None]).reshape(q.shape)
 
 
+def once(call: Callable[[], Any]) -> Callable[[int], Any]:
+    """A call that does not care whose turn it is."""
+    return lambda i: call()
+
+
 def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
-    """quantize, dequantize, matmul_t and a reduction of the large layer, against NumPy."""
+    """Ops that store, fetch and sum up weights of the large layer, against NumPy or torch."""
     n, k = LAYERS["mlp"]
     torch.set_num_threads(threads)
     w = torch.randn(n, k)
@@ -153,7 +160,11 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
     parts = numpy_quantize(wn)
     code_bytes = codes.numel() + 4 * scale.numel()
     form: dict[str, Any] = {"bits": 4, "group_size": GROUP, "in_features": k}
-    grad = torch.randn(8, n)
+    tokens = torch.randint(0, n, (4096,))
+
+    def transposed(grad: torch.Tensor, i: int) -> torch.Tensor:
+        return ops.dequant_matmul_t(grad, codes, scale, None, offset, **form)
+
     moved = 4 * w.numel() + code_bytes
     runs: list[tuple[str, str, int, Callable[[int], Any]]] = [
         ("quantize", "mkrs", moved, lambda i: ops.quantize(w, 4, GROUP, "affine")),
@@ -165,11 +176,22 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
             lambda i: ops.dequantize(codes, scale, None, offset, **form, dtype=torch.float32),
         ),
         ("dequantize", "NumPy", moved, lambda i: numpy_dequantize(*parts)),
+        *(
+            (
+                f"dequant_matmul_t, {m} rows",
+                "mkrs",
+                code_bytes,
+                functools.partial(transposed, torch.randn(m, n)),
+            )
+            for m in (1, 8, 64)
+        ),
         (
-            "dequant_matmul_t, 8 rows",
+            "dequant_embedding, 4096 rows",
             "mkrs",
-            code_bytes,
-            lambda i: ops.dequant_matmul_t(grad, codes, scale, None, offset, **form),
+            4 * 4096 * k + 4096 * code_bytes // n,
+            lambda i: ops.dequant_embedding(
+                tokens, codes, scale, None, offset, **form, dtype=torch.float32
+            ),
         ),
         (
             "sum",
@@ -183,7 +205,15 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
             code_bytes,
             lambda i: ops.dequant_reduce(codes, scale, None, offset, **form, reduction="abs_max"),
         ),
+        ("copy into fresh memory", "torch", 8 * w.numel(), lambda i: w.clone()),
     ]
+    for number in (3, 8, 12, 14):
+        layout = GGUF_LAYOUTS[number]
+        blocks = torch.randint(0, 256, (n, k // layout.block * layout.block_bytes)).byte()
+        native = sum(t.nbytes for t in gguf_unpack(blocks, number, n, k))
+        for who, unpack in (("mkrs", gguf_unpack), ("plain torch", gguf_reference)):
+            call = functools.partial(unpack, blocks, number, n, k)
+            runs.append((f"{layout.name} to native", who, blocks.nbytes + native, once(call)))
     rows = []
     for (what, who, size, _), times in zip(
         runs, take_turns([r[3] for r in runs], seconds, 2), strict=True
@@ -193,7 +223,7 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
             {"op": what, "name": who, "threads": threads, "seconds": stats}
             | {"gbps": size / stats["min"] / 1e9}
         )
-        print(f"  {what:26} {who:6} {stats['min'] * 1e3:9.2f} ms {rows[-1]['gbps']:6.2f} GB/s")
+        print(f"  {what:28} {who:11} {stats['min'] * 1e3:9.2f} ms {rows[-1]['gbps']:6.2f} GB/s")
     return rows
 
 

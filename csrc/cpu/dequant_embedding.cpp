@@ -1,4 +1,5 @@
 #include "checks.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
@@ -37,6 +38,7 @@ Tensor dequant_embedding(const Tensor& indices, const Tensor& codes, const Tenso
   sizes.back() = in_features;
   Tensor result = empty_on(codes, sizes, dtype);
   const cpu::Output out{result.mutable_data_ptr(), in_features, type};
+  cpu::prefer_huge_pages(out.data, count * in_features * float_size(type));
   cpu::parallel_items(count, w.in_features, [&](int64_t begin, int64_t end) {
     cpu::kernels().dequantize_rows(w, rows.data(), begin, end, out);
   });

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cpu/huge_pages.h"
 
 namespace mkrs {
 namespace {
@@ -223,7 +224,10 @@ struct Q6_K {
     const float d = load_half(b + 208);
     for (int g = 0; g < 16; ++g) scale[g] = d * static_cast<float>(static_cast<int8_t>(s[g]));
     for (int half = 0; half < 2; ++half) {
-      const uint8_t *low = ql + 64 * half, *high = qh + 32 * half;
+      // Copies, so that the compiler knows that the codes do not overlap them.
+      uint8_t low[64], high[32];
+      std::memcpy(low, ql + 64 * half, sizeof low);
+      std::memcpy(high, qh + 32 * half, sizeof high);
       uint8_t* out = codes + 128 * half;
       for (int l = 0; l < 32; ++l) {
         const uint8_t h = high[l];
@@ -262,6 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const char* name, const Tensor& blocks
 
   const auto* src = static_cast<const uint8_t*>(blocks.const_data_ptr());
   const int64_t src_stride = rows > 1 ? blocks.stride(0) : 0;
+  cpu::prefer_huge_pages(codes.mutable_data_ptr(), codes.numel());
   auto* dst = static_cast<uint8_t*>(codes.mutable_data_ptr());
   auto* dst_scale = static_cast<typename Type::Scale*>(scale.mutable_data_ptr());
   auto* dst_zero = affine ? static_cast<typename Type::Scale*>(zero.mutable_data_ptr()) : nullptr;

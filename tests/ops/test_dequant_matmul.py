@@ -47,7 +47,7 @@ def test_larger_layers(dtype, device):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_weight_rows(scheme, dtype, device):
-    """Work is cut along K where there are few rows, along the input where there are many of that."""
+    """Work is cut along K, or along the input where it has many rows."""
     shapes = ((1, 131072 + 65, 2), (3, 50000, 1), (8, 20100, 5), (5, 600, 300), (40, 200, 513))
     for i, (rows, k, m) in enumerate(shapes):
         for bits, group_size in ((4, 64), (2, 16), (8, k)):
