@@ -116,52 +116,46 @@ inline T in_register(T value) {
   return value;
 }
 
-// Centred dot products of R rows' codes with one prepared vector, per lane, as floats.
-template <int BITS, int LIMBS, int R>
+// sum[r] += codes of row r times one limb, at `x`.
+template <int PARTS, int R>
+inline void dot_limb(const __m512i (&codes)[R][PARTS], const char* x, __m512i (&sum)[R]) {
+  MKRS_UNROLL for (int p = 0; p < PARTS; ++p) {
+    const __m512i limb = in_register(_mm512_load_si512(x + 64 * p));
+    MKRS_UNROLL for (int r = 0; r < R; ++r) sum[r] = _mm512_dpbusd_epi32(sum[r], codes[r][p], limb);
+  }
+}
+
+// Dot products of R rows' codes with one prepared vector, per lane, as floats. A limb is summed on
+// top of 256 times the limbs before it.
+template <int BITS, int LIMBS, bool CENTERED, int R>
 inline void dot(const __m512i (&codes)[R][8 / BITS], const char* x, __m512 (&sum)[R]) {
   constexpr int kParts = 8 / BITS;
-  const __m512i low_start =
-      in_register(_mm512_load_si512(x + 64 * (LIMBS * kParts + (LIMBS > 1 ? 1 : 0))));
-  __m512i low[R], high[R], middle[R];
-  MKRS_UNROLL for (int r = 0; r < R; ++r) low[r] = low_start;
-  MKRS_UNROLL for (int p = 0; p < kParts; ++p) {
-    const __m512i limb = in_register(_mm512_load_si512(x + 64 * ((LIMBS - 1) * kParts + p)));
-    MKRS_UNROLL for (int r = 0; r < R; ++r) {
-      low[r] = _mm512_dpbusd_epi32(low[r], codes[r][p], limb);
-    }
-  }
-  if constexpr (LIMBS > 1) {
-    const __m512i high_start = in_register(_mm512_load_si512(x + 64 * LIMBS * kParts));
-    MKRS_UNROLL for (int r = 0; r < R; ++r) high[r] = high_start;
-    MKRS_UNROLL for (int p = 0; p < kParts; ++p) {
-      const __m512i limb = in_register(_mm512_load_si512(x + 64 * p));
-      MKRS_UNROLL for (int r = 0; r < R; ++r) {
-        high[r] = _mm512_dpbusd_epi32(high[r], codes[r][p], limb);
-      }
-    }
-  }
-  if constexpr (LIMBS > 2) {
-    // At 8 bits three limbs need more than an int32; elsewhere shifting is the cheaper way.
-    MKRS_UNROLL for (int r = 0; r < R; ++r) {
-      middle[r] = BITS == 8 ? _mm512_setzero_si512() : _mm512_slli_epi32(high[r], 8);
-    }
-    MKRS_UNROLL for (int p = 0; p < kParts; ++p) {
-      const __m512i limb = in_register(_mm512_load_si512(x + 64 * (kParts + p)));
-      MKRS_UNROLL for (int r = 0; r < R; ++r) {
-        middle[r] = _mm512_dpbusd_epi32(middle[r], codes[r][p], limb);
-      }
-    }
-  }
+  // At 8 bits three limbs need more than an int32: the leading one is kept apart.
+  constexpr bool kApart = BITS == 8 && LIMBS == 3;
+  const char* terms = x + 64 * LIMBS * kParts;
+  __m512i all[R], leading[R];
   MKRS_UNROLL for (int r = 0; r < R; ++r) {
-    if constexpr (LIMBS == 1) {
-      sum[r] = _mm512_cvtepi32_ps(low[r]);
-    } else if constexpr (LIMBS == 2) {
-      sum[r] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]));
-    } else {
-      sum[r] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(middle[r], 8), low[r]));
-      if constexpr (BITS == 8) {
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[r]), _mm512_set1_ps(65536.0f), sum[r]);
+    all[r] = CENTERED ? in_register(_mm512_load_si512(terms)) : _mm512_setzero_si512();
+  }
+  dot_limb<kParts>(codes, x, all);
+  MKRS_UNROLL for (int l = 1; l < LIMBS; ++l) {
+    MKRS_UNROLL for (int r = 0; r < R; ++r) {
+      if (kApart && l == 1) {
+        leading[r] = all[r];
+        all[r] = _mm512_setzero_si512();
+      } else {
+        all[r] = _mm512_slli_epi32(all[r], 8);
       }
+    }
+    dot_limb<kParts>(codes, x + 64 * l * kParts, all);
+  }
+  const __m512i others =
+      CENTERED && LIMBS > 1 ? in_register(_mm512_load_si512(terms + 64)) : _mm512_setzero_si512();
+  MKRS_UNROLL for (int r = 0; r < R; ++r) {
+    if (CENTERED && LIMBS > 1) all[r] = _mm512_add_epi32(all[r], others);
+    sum[r] = _mm512_cvtepi32_ps(all[r]);
+    if constexpr (kApart) {
+      sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(leading[r]), _mm512_set1_ps(65536.0f), sum[r]);
     }
   }
 }
@@ -226,7 +220,7 @@ __attribute__((always_inline)) inline void load_groups(const Call& c, int64_t n,
 }
 
 // Rows [n, n + R) times M input rows.
-template <int BITS, int LIMBS, int M, int R>
+template <int BITS, int LIMBS, bool CENTERED, int M, int R>
 inline void rows_block(const Call& c, int64_t n) {
   const QuantizedWeight& w = c.w;
   const int64_t row_bytes = code_bytes(w.in_features, BITS);
@@ -264,7 +258,8 @@ inline void rows_block(const Call& c, int64_t n) {
       MKRS_UNROLL for (int r = 0; r < R; ++r) unpack<BITS>(codes_at[r], unpacked[r]);
       MKRS_UNROLL for (int m = 0; m < M; ++m) {
         __m512 sum[R];
-        dot<BITS, LIMBS, R>(unpacked, c.input + m * c.unit_bytes + at * c.layout.vector_bytes, sum);
+        dot<BITS, LIMBS, CENTERED, R>(unpacked,
+                                      c.input + m * c.unit_bytes + at * c.layout.vector_bytes, sum);
         MKRS_UNROLL for (int r = 0; r < R; ++r) {
           acc[r][m] = _mm512_fmadd_ps(sum[r], _mm512_permutexvar_ps(lanes, scale[r][m]), acc[r][m]);
         }
@@ -305,18 +300,20 @@ inline void rows_block(const Call& c, int64_t n) {
   }
 }
 
-template <int BITS, int LIMBS, int M>
+template <int BITS, int LIMBS, bool CENTERED, int M>
 void rows_range(const Call& c, int64_t begin, int64_t end) {
-  // More weight rows share an activation's loads, which bind with several limbs or input rows; else
-  // more streams cost more than they save.
-  constexpr int kRows = M == 1 ? 3 : LIMBS == 1 && BITS != 2 && M > 2 ? 4 : 2;
+  // More weight rows share an activation's loads, which bind with several limbs or input rows;
+  // where memory binds, more streams cost more than they save.
+  constexpr int kRows = M == 1                             ? (LIMBS > 1 && BITS != 8 ? 3 : 2)
+                        : LIMBS == 1 && BITS != 2 && M > 2 ? 4
+                                                           : 2;
   int64_t n = begin;
   PageTouch pages(c.w, begin, end);
   for (; n + kRows <= end; n += kRows) {
     pages.reach(n);
-    rows_block<BITS, LIMBS, M, kRows>(c, n);
+    rows_block<BITS, LIMBS, CENTERED, M, kRows>(c, n);
   }
-  for (; n < end; ++n) rows_block<BITS, LIMBS, M, 1>(c, n);
+  for (; n < end; ++n) rows_block<BITS, LIMBS, CENTERED, M, 1>(c, n);
 }
 
 using Range = void (*)(const Call&, int64_t, int64_t);
@@ -325,17 +322,20 @@ constexpr int64_t kPassInputs = 4;  // input rows of one pass: what accumulators
 constexpr int64_t kPassRows = 64;   // weight rows whose codes stay in L2 from pass to pass
 
 template <int BITS, int LIMBS>
-Range by_inputs(int64_t m) {
-  constexpr Range ranges[kPassInputs] = {rows_range<BITS, LIMBS, 1>, rows_range<BITS, LIMBS, 2>,
-                                         rows_range<BITS, LIMBS, 3>, rows_range<BITS, LIMBS, 4>};
+Range by_inputs(Scheme scheme, int64_t m) {
+  constexpr Range ranges[kPassInputs] = {
+      rows_range<BITS, LIMBS, true, 1>, rows_range<BITS, LIMBS, true, 2>,
+      rows_range<BITS, LIMBS, true, 3>, rows_range<BITS, LIMBS, true, 4>};
+  // Only symmetric codes are centred; one input row is where the terms' loads and sums show.
+  if (m == 1 && scheme != Scheme::Symmetric) return rows_range<BITS, LIMBS, false, 1>;
   return ranges[m - 1];
 }
 
 template <int BITS>
-Range by_limbs(int limbs, int64_t m) {
-  return limbs == 1   ? by_inputs<BITS, 1>(m)
-         : limbs == 2 ? by_inputs<BITS, 2>(m)
-                      : by_inputs<BITS, 3>(m);
+Range by_limbs(int limbs, Scheme scheme, int64_t m) {
+  return limbs == 1   ? by_inputs<BITS, 1>(scheme, m)
+         : limbs == 2 ? by_inputs<BITS, 2>(scheme, m)
+                      : by_inputs<BITS, 3>(scheme, m);
 }
 
 }  // namespace
@@ -410,9 +410,9 @@ void rows_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix&
                       out,
                       m};
       const int64_t inputs = std::min(kPassInputs, x.rows - m);
-      const Range range = w.bits == 8   ? by_limbs<8>(plan.limbs, inputs)
-                          : w.bits == 4 ? by_limbs<4>(plan.limbs, inputs)
-                                        : by_limbs<2>(plan.limbs, inputs);
+      const Range range = w.bits == 8   ? by_limbs<8>(plan.limbs, w.scheme, inputs)
+                          : w.bits == 4 ? by_limbs<4>(plan.limbs, w.scheme, inputs)
+                                        : by_limbs<2>(plan.limbs, w.scheme, inputs);
       range(call, n, std::min(end, n + block));
     }
   }
