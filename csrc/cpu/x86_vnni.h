@@ -44,7 +44,7 @@ void tiles_matmul(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
 
 // Switch points measured on Zen 4 with 4 bits, group 64.
 inline constexpr limbs::Level level{"avx512_vnni",
-                                    [](int, int limbs) -> int64_t { return limbs == 1 ? 6 : 4; },
+                                    [](int, int limbs) -> int64_t { return limbs == 1 ? 7 : 4; },
                                     4,
                                     24,
                                     rows_unit_bytes,

@@ -302,11 +302,9 @@ inline void rows_block(const Call& c, int64_t n) {
 
 template <int BITS, int LIMBS, bool CENTERED, int M>
 void rows_range(const Call& c, int64_t begin, int64_t end) {
-  // More weight rows share an activation's loads, which bind with several limbs or input rows;
-  // where memory binds, more streams cost more than they save.
-  constexpr int kRows = M == 1                             ? (LIMBS > 1 && BITS != 8 ? 3 : 2)
-                        : LIMBS == 1 && BITS != 2 && M > 2 ? 4
-                                                           : 2;
+  // More weight rows share an activation's loads, which bind with several limbs; where memory
+  // binds, more streams cost more than they save.
+  constexpr int kRows = M == 1 && LIMBS > 1 && BITS != 8 ? 3 : 2;
   int64_t n = begin;
   PageTouch pages(c.w, begin, end);
   for (; n + kRows <= end; n += kRows) {
