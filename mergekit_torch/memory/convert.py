@@ -26,13 +26,13 @@ __all__ = ["rewrite_checkpoint"]
 
 #: Source and target bytes of a piece: it stays in the caches from the read to the write, and Python
 #: costs little beside its work.
-_PIECE = 4 << 20
+_PIECE = 8 << 20
 #: Of a tensor whose rows move: what a piece needs lies anywhere in a head's rows.
 _MOVED_PIECE = 32 << 20
 #: A resumable job is made safe after so many bytes written.
 _SAFE_EVERY = 256 << 20
-#: Threads beside those that compute, for those that wait for the disk.
-_WAITING = 2
+#: Threads beside those that compute, for one that waits for the disk.
+_WAITING = 1
 # Of a piece a thread holds the rows, a copy in another order or form, and the result; the last
 # share is freed memory that is kept for the next piece.
 _SHARES = 3
@@ -67,7 +67,7 @@ def rewrite_checkpoint(
     By spec, a float tensor is copied, cast or quantized (round to nearest, as
     :func:`mergekit_torch.ops.quantize`), a quantized one is copied or dequantized. Tensors go
     through in pieces of rows, so one may be larger than the budget. Each of several threads
-    (``torch.get_num_threads()`` and two more) reads, computes and writes pieces of its own; so
+    (``torch.get_num_threads()`` and one more) reads, computes and writes pieces of its own; so
     these overlap. Results are those of doing it in one piece, bit for bit.
 
     While it runs, files are hidden ``.*.partial`` files; ``target`` is replaced at the end, as by
