@@ -23,7 +23,7 @@ __all__ = ["Arena", "ArenaStats", "BudgetError"]
 
 Strategy = Literal["pooled", "bump", "none"]
 
-#: dtypes as the native function takes them, DLPack's code * 256 + bits. The others go through an op.
+#: dtypes as the native function takes them: DLPack's code * 256 + bits. Others go through an op.
 _CODES = {
     **{torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64},
     torch.uint8: 1 << 8 | 8,
