@@ -190,7 +190,7 @@ class Arena:
             except RuntimeError as error:
                 self._check_open()
                 raise _translated(error, size) from None
-        if len(size) == 1 and not isinstance(size[0], int):
+        if len(size) == 1 and isinstance(size[0], Sequence):
             size = tuple(size[0])
         frames = self._frames.stack
         try:

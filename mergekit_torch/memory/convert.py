@@ -271,9 +271,7 @@ def _stored_format(q: QuantInfo) -> tuple[object, ...]:
     return q.bits, q.group_size, q.scheme, q.in_features, q.scale_dtype
 
 
-def _steps(
-    changes: Mapping[str, _Change], budget: int, workers: int
-) -> tuple[dict[str, int], int]:
+def _steps(changes: Mapping[str, _Change], budget: int, workers: int) -> tuple[dict[str, int], int]:
     """Rows of a piece of each tensor, and how many threads may have one within the budget."""
     for change in changes.values():
         if change.rows and _SHARES * change.row_bytes > budget:
