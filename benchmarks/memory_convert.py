@@ -138,7 +138,7 @@ def probe_numpy(source: str, target: str, limit: str, state: str = "cold") -> di
         with open(source, "rb", buffering=0) as file, open(target, "wb", buffering=0) as out:
             file.seek(info.offset)
             for begin in range(0, rows, block):
-                file.readinto(quantize.raw)
+                file.readinto(quantize.raw.data)
                 place = 0
                 for part in quantize():
                     out.seek(place + begin // block * part.nbytes)
@@ -149,7 +149,7 @@ def probe_numpy(source: str, target: str, limit: str, state: str = "cold") -> di
     found: dict[str, Any] = cost(work)
     with open(source, "rb") as file:
         file.seek(info.offset)
-        file.readinto(quantize.raw)
+        file.readinto(quantize.raw.data)
     for part, correct in zip(quantize(), expected, strict=True):
         assert part.tobytes() == correct.view(torch.uint8).numpy().tobytes()
     found["gb_s"] = round(rows * columns * 2 / found["wall_s"] / 1e9, 3)
