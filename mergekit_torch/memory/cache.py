@@ -149,6 +149,7 @@ class TensorCache:
         self._condition = threading.Condition(threading.RLock())
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._layouts: dict[str, dict[str, _Part]] = {}
+        self._sizes: dict[str, int] = {}
         self._loading = 0
         self._wanted: deque[str] = deque()
         self._worker: threading.Thread | None = None
@@ -263,10 +264,13 @@ class TensorCache:
         Raises:
             KeyError, NotImplementedError: as :meth:`get`.
         """
-        total = _total(self._layout(name))
-        # As csrc/memory/arena.cpp rounds.
-        step = 64 if total < mmap.PAGESIZE else mmap.PAGESIZE
-        return max(64, -(-total // step) * step)
+        size = self._sizes.get(name)
+        if size is None:
+            total = _total(self._layout(name))
+            # As csrc/memory/arena.cpp rounds.
+            step = 64 if total < mmap.PAGESIZE else mmap.PAGESIZE
+            size = self._sizes[name] = max(64, -(-total // step) * step)
+        return size
 
     def __contains__(self, name: object) -> bool:
         """Whether the tensor is loaded, or being loaded, now."""
@@ -374,6 +378,8 @@ class TensorCache:
         block: Block | None = None
         views = None
         try:
+            if not wait:
+                self._make_room(entry.name)
             if self._views is not None:
                 sizes = {part: p.dtype.itemsize for part, p in layout.items()}
                 views = self._views.find(entry.name, sizes)
@@ -403,6 +409,14 @@ class TensorCache:
             with self._condition:
                 entry.ready.set()
                 self._condition.notify_all()
+
+    def _make_room(self, name: str) -> None:
+        """Evict for a prefetch, or give way before any of its work is done."""
+        nbytes = self.nbytes(name)
+        with self._condition:
+            while self._arena.stats().active + nbytes > self.budget:
+                if not self._evict(fresh=False):
+                    raise _GaveWay
 
     def _reserve(
         self,
@@ -542,7 +556,7 @@ class TensorCache:
         parts = {k: entry.block.tensor(p.offset, p.shape, p.dtype) for k, p in layout.items()}
         if "" in parts:
             return parts[""]
-        q = self.checkpoint.info(entry.name).quantization
+        q = self.checkpoint._entry(entry.name).quantization
         assert q is not None
         return QuantizedTensor(
             parts["codes"],
