@@ -179,6 +179,13 @@ def _stream(r: dict[str, Any]) -> list[tuple[str, ...]]:
         ),
         (
             "",
+            "page cache: a pass / reading alone, two threads / computing alone, weights in memory",
+            f"{warm['pass_s'] * 1e3:.0f} / {warm['reading_s'] * 1e3:.0f} / "
+            f"{warm['in_memory_s'] * 1e3:.0f} ms",
+            "",
+        ),
+        (
+            "",
             "peak over budget; bit-equal",
             f"{warm['peak'] / warm['budget']:.3f}; {exact}",
             "1.1; yes",

@@ -220,13 +220,15 @@ class TensorCache:
             self.checkpoint._entry(name)
         with self._condition:
             self._check_open()
+            idle = not self._wanted  # else the worker looks again by itself
             self._wanted = deque(name for name in wanted if name not in self._entries)
             if self._wanted and self._worker is None:
                 self._worker = threading.Thread(
                     target=self._prefetch_loop, name="mkrs-prefetch", daemon=True
                 )
                 self._worker.start()
-            self._condition.notify_all()
+            if idle and self._wanted:
+                self._condition.notify_all()
 
     def notify(self, names: Iterable[str] = ()) -> None:
         """Tell a waiting prefetch that tensors have been let go of; it looks by itself as well.
@@ -337,7 +339,6 @@ class TensorCache:
                 self._prefetch_used += entry.fresh
                 entry.fresh = False
                 self._entries.move_to_end(name)
-                self._condition.notify_all()
             entry.users += 1
         if owner:
             self._load(entry, wait=True, threads=self._threads)
