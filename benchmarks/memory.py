@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import cpp_extension
 
 from benchmarks import memory_table
-from benchmarks.memory_probes import STACKS
+from benchmarks.memory_stream import STACKS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results") / "memory.json"
 #: Times that a measurement is repeated; the best counts.
-REPEATS = 3
+REPEATS = 5
 
 
 def main() -> None:
@@ -105,24 +106,47 @@ def best(probes: Mapping[str, Callable[[], Any]], key: str) -> dict[str, Any]:
 
 def arena(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Nanoseconds of an allocate/free pair, in C++ and from Python."""
-    program = folder / "stress"
-    sources = [ROOT / "tests/memory/arena_stress.cpp", ROOT / "csrc/memory/arena.cpp"]
-    command = ["c++", "-O2", "-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", "-o", program]
-    subprocess.run([*map(str, command + sources)], check=True)
-    out = subprocess.run([str(program), "time"], check=True, capture_output=True, text=True).stdout
+    stress = compiled(folder, ROOT / "tests/memory/arena_stress.cpp")
+    lines = run(stress, "time")
     keys = ("arena", "malloc", "arena_written", "malloc_written")
-    rows = [list(map(int, line.split())) for line in out.splitlines()]
+    rows = [list(map(int, line.split())) for line in lines]
     cpp = {str(row[0]): dict(zip(keys, row[1:], strict=True)) for row in rows}
+    tensors = [
+        list(map(int, line.split()))
+        for line in run(compiled(folder, ROOT / "benchmarks/arena_tensors.cpp", torch_too=True))
+    ]
     checked = subprocess.run(
-        [str(program), "check", "4", "1000000", "5"], capture_output=True, text=True
+        [str(stress), "check", "4", "1000000", "5"], capture_output=True, text=True
     )
     mixed = {name: partial(probe, "arena_mixed", name) for name in ("arena", "torch")}
     return {
         "ns_cpp": cpp,
+        "ns_cpp_tensor": {str(size): {"arena": a, "torch": t} for size, a, t in tensors},
         "ns_python": probe("arena"),
         "mixed": best(mixed, "us"),
         "million_cycles_4_threads": checked.stdout.strip() or checked.stderr.strip(),
     }
+
+
+def compiled(folder: Path, source: Path, *, torch_too: bool = False) -> Path:
+    """A program of this source and the arena."""
+    program = folder / source.stem
+    command = ["c++", "-O2", "-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", "-o", str(program)]
+    command += [str(source), str(ROOT / "csrc/memory/arena.cpp")]
+    if torch_too:
+        for path in cpp_extension.include_paths():
+            command += ["-isystem", path]
+        for path in cpp_extension.library_paths():
+            command += [f"-L{path}", f"-Wl,-rpath,{path}"]
+        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(command, check=True)
+    return program
+
+
+def run(program: Path, *arguments: str) -> list[str]:
+    """The lines that a program writes."""
+    done = subprocess.run([program, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
 def read(folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def write(results: dict[str, Any], page: Path) -> None:
 
 def _arena(r: dict[str, Any]) -> list[tuple[str, ...]]:
     cpp, python, mixed = r["ns_cpp"], r["ns_python"], r["mixed"]
-    mid, large = str(16 << 20), str(64 << 20)
+    small, mid, large = str(2 << 20), str(16 << 20), str(64 << 20)
+    tensors = [r["ns_cpp_tensor"][size] for size in (small, mid, large)]
+    from_python = [python[size] for size in (small, mid, large)]
     return [
         (
             "`arena`",
@@ -45,9 +47,16 @@ def _arena(r: dict[str, Any]) -> list[tuple[str, ...]]:
         ),
         (
             "",
-            "`Arena.empty` from Python, 16 MiB / 64 MiB",
-            f"{_us(python[mid]['arena'])} / {_us(python[large]['arena'])}; `torch.empty` "
-            f"{_us(python[mid]['torch'])} / {_us(python[large]['torch'])}",
+            "C++: make a tensor and let go of it, 2 MiB / 16 MiB / 64 MiB",
+            f"{' / '.join(str(t['arena']) for t in tensors)} ns; `at::empty_strided` "
+            f"{' / '.join(str(t['torch']) for t in tensors)} ns",
+            "faster than `torch.empty`",
+        ),
+        (
+            "",
+            "`Arena.empty` from Python, 2 MiB / 16 MiB / 64 MiB",
+            f"{' / '.join(_us(row['arena']) for row in from_python)}; "
+            f"`torch.empty` {' / '.join(_us(row['torch']) for row in from_python)}",
             "faster than `torch.empty`",
         ),
         (
@@ -69,6 +78,8 @@ def _arena(r: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _us(ns: float) -> str:
+    if ns < 1e4:
+        return f"{ns / 1e3:.2f} µs"
     return f"{ns / 1e3:.1f} µs" if ns < 1e6 else f"{ns / 1e6:.1f} ms"
 
 
@@ -165,6 +176,13 @@ def _stream(r: dict[str, Any]) -> list[tuple[str, ...]]:
             "page cache / cold file",
             f"{warm['of_reading_rate']:.0%} / {cold['of_reading_rate']:.0%} of the rate of reading",
             "70%",
+        ),
+        (
+            "",
+            "page cache: a pass / reading alone, two threads / computing alone, weights in memory",
+            f"{warm['pass_s'] * 1e3:.0f} / {warm['reading_s'] * 1e3:.0f} / "
+            f"{warm['in_memory_s'] * 1e3:.0f} ms",
+            "",
         ),
         (
             "",

@@ -50,6 +50,8 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
       "_read_file(Tensor(a!) out, int fd, int offset, int row_bytes, int row_stride, int rows, "
       "int threads) -> (int error, int position)");
   m.def("_map_resident_pages(Tensor view) -> bool");
+  // Whether this thread's ops on the CPU do without torch's other threads.
+  m.def("_run_serially(bool on) -> ()");
   // What this machine was given, as JSON: for people and for `mergekit_torch.doctor`.
   m.def("_cpu_info() -> str");
 }

@@ -14,6 +14,7 @@
 
 #include "checks.h"
 #include "cpu/huge_pages.h"
+#include "cpu/threads.h"
 
 namespace mkrs {
 namespace {
@@ -272,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const char* name, const Tensor& blocks
   auto* dst_zero = affine ? static_cast<typename Type::Scale*>(zero.mutable_data_ptr()) : nullptr;
   // Over blocks, not rows: one very long row is split as well. 64 KiB of input a task at least.
   constexpr int64_t grain = 65536 / Type::bytes;
-  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+  cpu::parallel_grains(total, grain, [&](int64_t begin, int64_t end) {
     int64_t row = begin / row_blocks, column = begin % row_blocks;
     for (int64_t i = begin; i < end;) {
       const uint8_t* row_src = src + row * src_stride;

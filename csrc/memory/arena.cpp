@@ -87,7 +87,11 @@ Arena::Arena(int64_t budget, Strategy strategy, int64_t max_cached)
 
 Arena::~Arena() {
   // Blocks in use hold the arena, so only cached ones are left.
-  for (const Cached& cached : age_) destroy(cached.block);
+  while (!age_.empty()) {
+    Block* block = age_.front();
+    uncache(block);
+    destroy(block);
+  }
 }
 
 int64_t Arena::rounded(int64_t bytes) {
@@ -108,10 +112,8 @@ Block* Arena::acquire(int64_t bytes) {
     const int64_t least = std::max(bytes, kAlignment);
     const int64_t limit = std::min(2 * least, least + 2 * page_size());
     if (found != by_size_.end() && (found->first == size || found->first < limit)) {
-      block = found->second->block;
-      age_.erase(found->second);
-      by_size_.erase(found);
-      stats_.cached -= block->size;
+      block = found->second;
+      uncache(block);
       stats_.active += block->size;
       ++stats_.hits;
     } else {
@@ -191,8 +193,14 @@ void Arena::give_back(Block* block) {
     if (closed_ || strategy_ == Strategy::None || block->done) {
       evicted.push_back(block);
     } else {
-      age_.push_back({block, {}});
-      age_.back().by_size = by_size_.emplace(block->size, std::prev(age_.end()));
+      if (block->size_node.empty()) {
+        block->age_node.push_back(block);
+        block->by_size = by_size_.emplace(block->size, block);
+      } else {
+        block->by_size = by_size_.insert(std::move(block->size_node));
+      }
+      age_.splice(age_.end(), block->age_node);
+      block->age = std::prev(age_.end());
       stats_.cached += block->size;
       evicted = evict(max_cached_ >= 0 ? max_cached_ : stats_.peak);
     }
@@ -203,13 +211,16 @@ void Arena::give_back(Block* block) {
 std::vector<Block*> Arena::evict(int64_t keep) {
   std::vector<Block*> evicted;
   while (stats_.cached > std::max<int64_t>(keep, 0)) {
-    Cached& oldest = age_.front();
-    by_size_.erase(oldest.by_size);
-    stats_.cached -= oldest.block->size;
-    evicted.push_back(oldest.block);
-    age_.pop_front();
+    evicted.push_back(age_.front());
+    uncache(age_.front());
   }
   return evicted;
+}
+
+void Arena::uncache(Block* block) {
+  block->age_node.splice(block->age_node.begin(), age_, block->age);
+  block->size_node = by_size_.extract(block->by_size);
+  stats_.cached -= block->size;
 }
 
 int64_t Arena::trim(int64_t keep) {

@@ -48,6 +48,9 @@ struct Stats {
 };
 
 class Arena;
+struct Block;
+using BlocksByAge = std::list<Block*>;
+using BlocksBySize = std::multimap<int64_t, Block*>;
 
 struct Block {
   char* data = nullptr;
@@ -57,6 +60,13 @@ struct Block {
   std::atomic<int64_t> refs{0};
   std::shared_ptr<Arena> arena;  // set while in use: a block keeps its arena
   std::function<void()> done;    // of a block over somebody else's memory: gives that back
+
+  // Its places among the cached blocks; while in use it keeps the nodes, so that caching it again
+  // allocates nothing.
+  BlocksByAge age_node;
+  BlocksByAge::iterator age;
+  BlocksBySize::node_type size_node;
+  BlocksBySize::iterator by_size;
 };
 
 void retain(Block* block);
@@ -112,12 +122,6 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
  private:
   friend void release(Block* block);
-  struct Cached {
-    Block* block;
-    std::multimap<int64_t, std::list<Cached>::iterator>::iterator by_size;
-  };
-  using Age = std::list<Cached>;
-
   void give_back(Block* block);
   // Books a block of `size` bytes that does not come from the pool; the lock is held. Returns the
   // cached blocks that must go for it. Throws OverBudget.
@@ -125,6 +129,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void count(int64_t bytes);
   // The oldest cached blocks beyond `keep` bytes, taken out of the books; the lock is held.
   std::vector<Block*> evict(int64_t keep);
+  // Out of the books of cached blocks; the lock is held.
+  void uncache(Block* block);
   void allocate(Block* block);
   static void destroy(Block* block);
 
@@ -133,8 +139,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   const int64_t max_cached_;
   mutable std::mutex mutex_;
   PageSource pages_;
-  Age age_;  // cached blocks, oldest first
-  std::multimap<int64_t, Age::iterator> by_size_;
+  BlocksByAge age_;  // cached blocks, oldest first
+  BlocksBySize by_size_;
   Stats stats_;
   bool closed_ = false;
 };

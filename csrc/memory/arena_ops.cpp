@@ -1,5 +1,5 @@
 // Arenas as ops: handles are numbers, blocks become tensors whose deleter releases them.
-#include "memory/arena.h"
+#include "memory/arena_ops.h"
 
 #include <torch/csrc/stable/c/shim.h>
 
@@ -70,24 +70,24 @@ int64_t item_size(const char* op, ScalarType dtype) {
 
 constexpr int64_t kMaxBytes = int64_t{1} << 60;  // sums of a few must not overflow
 
-int64_t checked_bytes(const char* op, const std::vector<int64_t>& size, ScalarType dtype) {
-  int64_t bytes = item_size(op, dtype);
-  for (const int64_t n : size) {
-    MKRS_CHECK(n >= 0, op, "sizes must not be negative, got ", n);
-    MKRS_CHECK(!__builtin_mul_overflow(bytes, n, &bytes) && bytes < kMaxBytes, op,
+int64_t checked_bytes(const char* op, const int64_t* size, size_t dims, int64_t item_bytes) {
+  int64_t bytes = item_bytes;
+  for (size_t i = 0; i < dims; ++i) {
+    MKRS_CHECK(size[i] >= 0, op, "sizes must not be negative, got ", size[i]);
+    MKRS_CHECK(!__builtin_mul_overflow(bytes, size[i], &bytes) && bytes < kMaxBytes, op,
                "the size must be less than 2**60 bytes, got more");
   }
   return bytes;
 }
 
+int64_t checked_bytes(const char* op, const std::vector<int64_t>& size, ScalarType dtype) {
+  return checked_bytes(op, size.data(), size.size(), item_size(op, dtype));
+}
+
 // A tensor over `data` that owns one reference to `block`, which it takes over from the caller.
 Tensor tensor_over(Block* block, char* data, const std::vector<int64_t>& size, ScalarType dtype) {
   std::vector<int64_t> strides(size.size());
-  int64_t step = 1;
-  for (size_t i = size.size(); i-- > 0;) {
-    strides[i] = step;
-    step *= size[i] > 0 ? size[i] : 1;
-  }
+  contiguous_strides(size.data(), size.size(), strides.data());
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   const AOTITorchError status = torch_from_blob(
@@ -132,12 +132,7 @@ void arena_close(int64_t arena) {
 }
 
 Tensor arena_empty(int64_t arena, std::vector<int64_t> size, ScalarType dtype) {
-  const char* op = "arena_empty";
-  const auto owner = arenas().get(op, arena);
-  MKRS_CHECK(owner->strategy() != Strategy::Bump, op,
-             "a 'bump' arena allocates inside `with arena.frame()`, got an allocation outside");
-  const int64_t bytes = checked_bytes(op, size, dtype);
-  Block* block = guarded(op, [&] { return owner->acquire(bytes); });
+  Block* block = acquire_for(arena, size.data(), size.size(), item_size("arena_empty", dtype));
   return tensor_over(block, block->data, size, dtype);
 }
 
@@ -219,6 +214,24 @@ void arena_block_release(int64_t handle) {
 }
 
 }  // namespace
+
+Block* acquire_for(int64_t arena, const int64_t* size, size_t dims, int64_t item_bytes) {
+  const char* op = "arena_empty";
+  const auto owner = arenas().get(op, arena);
+  MKRS_CHECK(owner->strategy() != Strategy::Bump, op,
+             "a 'bump' arena allocates inside `with arena.frame()`, got an allocation outside");
+  const int64_t bytes = checked_bytes(op, size, dims, item_bytes);
+  return guarded(op, [&] { return owner->acquire(bytes); });
+}
+
+void contiguous_strides(const int64_t* size, size_t dims, int64_t* strides) {
+  int64_t step = 1;
+  for (size_t i = dims; i-- > 0;) {
+    strides[i] = step;
+    step *= size[i] > 0 ? size[i] : 1;
+  }
+}
+
 }  // namespace mkrs::memory
 
 // Composite: most of these have no tensor argument to dispatch on.

@@ -9,11 +9,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "checks.h"
+#include "memory/helpers.h"
 #include "memory/pages.h"
 
 namespace mkrs::memory {
@@ -106,15 +104,7 @@ std::tuple<int64_t, int64_t> read_file(Tensor out, int64_t fd, int64_t offset, i
       if (!ok && !failed.exchange(true)) first = failure;
     }
   };
-  std::vector<std::thread> helpers;
-  const int64_t count = std::min(threads, pieces);
-  try {
-    for (int64_t i = 1; i < count; ++i) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: the ones that are there do the work.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  Helpers::shared().run(std::min(threads, pieces) - 1, work);
   return {first.error, first.position};
 }
 

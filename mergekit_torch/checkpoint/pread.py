@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["ReadMemory", "available_memory", "read_into", "read_slice"]
+__all__ = ["ReadMemory", "available_memory", "read_into", "read_slice", "read_tensor"]
 
 #: Threads of one read. More of them only help where the disk wants a deeper queue.
 READ_THREADS = min(4, os.cpu_count() or 1)
@@ -83,6 +83,20 @@ def read_into(
         )
     reason = f"cannot read at offset {position}: {os.strerror(error)}"
     raise OSError(error, reason, str(path))
+
+
+def read_tensor(
+    file: io.FileIO,
+    path: Path,
+    memory: ReadMemory,
+    begin: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Read a whole tensor stored at ``begin``."""
+    out = memory.empty(shape, dtype)
+    read_into(file, path, out, begin)
+    return out
 
 
 def read_slice(

@@ -16,7 +16,7 @@ from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, GgufLayout, gguf_unpack
 from .gguf_header import GgufTensor
 from .info import SAFETENSORS_DTYPES, QuantInfo, TensorInfo
 from .mapped_file import MappedFile
-from .pread import ReadMemory, read_slice
+from .pread import ReadMemory, read_slice, read_tensor
 from .safetensors_header import StoredTensor
 
 __all__ = ["Checkpoint", "TensorSlice"]
@@ -365,9 +365,11 @@ def _refuse_codebook(entry: _Entry) -> None:
 
 def _plain_dtype(entry: _Entry) -> torch.dtype:
     """The dtype of a plain tensor; raises for a type that torch does not have."""
-    _refuse_codebook(entry)
-    assert entry.dtype is not None
-    return entry.dtype
+    dtype = entry.dtype
+    if dtype is None:
+        _refuse_codebook(entry)
+    assert dtype is not None
+    return dtype
 
 
 def _plain(entry: _Entry, index: list[int | slice] | None = None) -> Tensor:
@@ -387,14 +389,17 @@ def _view(
 
     Read into memory instead if the file says so, unless a view of the map is asked for.
     """
-    file.check()
     if file.memory is not None and not mapped:
-        whole = [slice(None)] * len(stored.shape) if index is None else index
-        if all(isinstance(part, int) or part.step in (None, 1) for part in whole):
+        if index is None:
+            return read_tensor(
+                file.opened(), file.path, file.memory, stored.begin, stored.shape, dtype
+            )
+        if all(isinstance(part, int) or part.step in (None, 1) for part in index):
             return read_slice(
-                file.opened(), file.path, file.memory, stored.begin, stored.shape, dtype, whole
+                file.opened(), file.path, file.memory, stored.begin, stored.shape, dtype, index
             )
         return _view(file, stored, dtype, index, mapped=True).clone()
+    file.check()
     count = stored.end - stored.begin
     raw = file.view_map(stored.begin, count) if mapped and count else file.view(stored.begin, count)
     if raw.data_ptr() % dtype.itemsize == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, gguf_unpack
 from .gguf_header import GgufTensor
 from .info import SAFETENSORS_DTYPES
 from .pread import READ_THREADS, read_into
-from .reader import Checkpoint, _plain_dtype
+from .reader import Checkpoint, _Entry, _plain_dtype
 
-__all__ = ["read_rows", "row_count", "row_layout"]
+__all__ = ["load_rows", "read_rows", "row_count", "row_layout"]
 
 _Layout = dict[str, tuple[torch.dtype, int]]
 
@@ -80,15 +80,51 @@ def read_rows(
         step = tensor.element_size() * (tensor.shape[-1] if tensor.dim() > 1 else 1)
         read_into(file, path, tensor, entry.stored.begin + begin * step, threads=threads)
         return
+    for part, tensor in _unpacked(entry, begin, out["codes"].shape[0], threads).items():
+        out[part].copy_(tensor)
+
+
+def load_rows(
+    checkpoint: Checkpoint,
+    name: str,
+    begin: int,
+    count: int,
+    empty: Callable[..., Tensor],
+    *,
+    threads: int = READ_THREADS,
+) -> dict[str, Tensor]:
+    """Rows ``[begin, begin + count)`` as :func:`read_rows` reads them, in memory of their own.
+
+    Args:
+        checkpoint, name, begin, threads: as for :func:`read_rows`.
+        count: how many rows.
+        empty: called with sizes and ``dtype=``; memory for what is stored as it is read.
+
+    Raises:
+        KeyError, CheckpointError, OSError: as :func:`read_rows`.
+    """
+    entry = checkpoint._entry(name)
+    if isinstance(entry.stored, GgufTensor) and entry.quantization is not None:
+        return _unpacked(entry, begin, count, threads)
+    out = {
+        part: empty(count, columns, dtype=dtype)
+        for part, (dtype, columns) in row_layout(checkpoint, name).items()
+    }
+    read_rows(checkpoint, name, begin, out, threads=threads)
+    return out
+
+
+def _unpacked(entry: _Entry, begin: int, rows: int, threads: int) -> dict[str, Tensor]:
+    """Native components of rows of a quantized GGUF tensor."""
     assert isinstance(entry.stored, GgufTensor)
     layout = GGUF_LAYOUTS[entry.stored.type]
     k = entry.shape[-1]
-    rows = out["codes"].shape[0]
     step = k // layout.block * layout.block_bytes
     blocks = torch.empty(rows, step, dtype=torch.uint8)
-    read_into(file, path, blocks, entry.stored.begin + begin * step, threads=threads)
+    offset = entry.stored.begin + begin * step
+    read_into(entry.file.opened(), entry.file.path, blocks, offset, threads=threads)
     codes, scale, zero = gguf_unpack(blocks, entry.stored.type, rows, k)
-    out["codes"].copy_(codes)
-    out["scale"].copy_(scale)
+    parts = {"codes": codes, "scale": scale}
     if layout.scheme == "affine":
-        out["offset"].copy_(zero)
+        parts["offset"] = zero
+    return parts

@@ -132,6 +132,8 @@ class CheckpointWriter:
             for name, spec in specs.items()
         }
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._puts = 0  # writes under way
         self._file: Any = None
         self._temporary: Path | None = None
         header, self._stored, self.nbytes = self._header(dict(metadata or {}))
@@ -252,17 +254,21 @@ class CheckpointWriter:
             self._pending.discard(name)
         for part, value in parts.items():
             data = _bytes_of(value)
-            with self._lock, self._named("write"):
+            with self._named("write"):
                 self._put(self._stored[part].begin, data)
 
-    def write_rows(self, name: str, parts: Mapping[str, Tensor]) -> None:
-        """Write the next rows of a declared tensor; one that comes in rows comes in order.
+    def write_rows(
+        self, name: str, parts: Mapping[str, Tensor], *, first: int | None = None
+    ) -> None:
+        """Write rows of a declared tensor.
 
         Args:
             name: a declared name.
             parts: ``{"": rows}`` of a plain tensor, or the components of a quantized one; each
                 ``[n, elements of a row]``, all leading dimensions counted as one. The rows of a
                 vector are its elements.
+            first: the place of the first of them; every row comes exactly once, which is the
+                caller's to keep. By default the next rows, so that they come in order.
 
         Raises:
             KeyError: the name was not declared.
@@ -275,7 +281,8 @@ class CheckpointWriter:
         if spec is None:
             raise KeyError(f"{self.path}: tensor {name!r} was not declared")
         with self._lock:
-            first = self._rows.setdefault(name, 0)
+            if first is None:
+                first = self._rows.setdefault(name, 0)
             if name not in self._pending:
                 raise ValueError(f"{self.path}: tensor {name!r} must be written once, got it again")
         count = 0
@@ -292,7 +299,7 @@ class CheckpointWriter:
                 )
             position = self._stored[part].begin + first * columns * dtype.itemsize
             data = _bytes_of(value)
-            with self._lock, self._named("write"):
+            with self._named("write"):
                 self._put(position, data)
         self.skip_rows(name, count)
 
@@ -350,14 +357,13 @@ class CheckpointWriter:
                 f"{self.path}: all declared tensors must be written, {len(missing)} are missing, "
                 f"such as {missing[0]!r}; the file was not written"
             )
+        file = self._taken()
         try:
-            with self._named("write"):
-                os.fsync(self._file.fileno())
-                self._file.close()
+            with self._named("write"), file:
+                os.fsync(file.fileno())
         except BaseException:
             self.abort()
             raise
-        self._file = None
 
     def _rename(self, target: Path) -> None:
         assert self._temporary is not None
@@ -372,7 +378,7 @@ class CheckpointWriter:
 
     def abort(self) -> None:
         """Give up: the old file stays. Does nothing after :meth:`close`."""
-        file, self._file = self._file, None
+        file = self._taken()
         if file is not None:
             with contextlib.suppress(OSError):
                 file.close()
@@ -400,10 +406,33 @@ class CheckpointWriter:
             self.abort()
 
     def _put(self, position: int, data: memoryview) -> None:
-        self._file.seek(position)
-        while len(data):
-            written = self._file.write(data[:_CHUNK])
-            data = data[written:]
+        """Write at a position of the file; several threads may at once."""
+        with self._idle:
+            if self._file is None:
+                raise ValueError(f"{self.path}: the writer must be open, got one that is finished")
+            if not hasattr(os, "pwrite"):
+                self._file.seek(position)
+                while len(data):
+                    data = data[self._file.write(data[:_CHUNK]) :]
+                return
+            fd = self._file.fileno()
+            self._puts += 1
+        try:
+            while len(data):
+                written = os.pwrite(fd, data[:_CHUNK], position)
+                position += written
+                data = data[written:]
+        finally:
+            with self._idle:
+                self._puts -= 1
+                self._idle.notify_all()
+
+    def _taken(self) -> Any:
+        """The file, no more to be written to, when nobody writes to it any more."""
+        with self._idle:
+            file, self._file = self._file, None
+            self._idle.wait_for(lambda: self._puts == 0)
+        return file
 
     @contextlib.contextmanager
     def _named(self, action: str) -> Iterator[None]:

@@ -15,12 +15,24 @@ import torch
 from torch import Tensor
 
 from .. import ops as _ops  # noqa: F401  (registers the arena's ops)
+from .._C import arena_empty as _arena_empty
 from ..checkpoint.writer import parse_size
 from .torch_backend import TorchBackend
 
 __all__ = ["Arena", "ArenaStats", "BudgetError"]
 
 Strategy = Literal["pooled", "bump", "none"]
+
+#: dtypes as the native function takes them: DLPack's code * 256 + bits. Others go through an op.
+_CODES = {
+    **{torch.int8: 8, torch.int16: 16, torch.int32: 32, torch.int64: 64},
+    torch.uint8: 1 << 8 | 8,
+    **{torch.float16: 2 << 8 | 16, torch.float32: 2 << 8 | 32, torch.float64: 2 << 8 | 64},
+    torch.bfloat16: 4 << 8 | 16,
+    torch.bool: 6 << 8 | 8,
+}
+#: What torch.utils.dlpack.from_dlpack calls for a capsule.
+_from_dlpack: Callable[[object], Tensor] = torch._C._from_dlpack
 
 
 class BudgetError(MemoryError):
@@ -142,6 +154,8 @@ class Arena:
             raise ValueError(f"backend 'native' allocates on the cpu, got device {self.device}")
         self.strategy = strategy
         self._frames = _Frames()
+        self._open_frames = 0  # of all threads
+        self._lock = threading.Lock()
         self._closed = False
         cached = None if max_cached is None else (0 if max_cached == 0 else parse_size(max_cached))
         if backend == "torch" or self.device.type != "cpu":
@@ -151,6 +165,8 @@ class Arena:
         # The native op makes these checks itself.
         native = isinstance(self._backend, _NativeBackend)
         self._empty: Callable[..., Tensor] = self._backend.empty if native else self._checked_empty
+        #: The native arena's handle; None while frames are open and for other backends.
+        self._direct = self._backend.handle if isinstance(self._backend, _NativeBackend) else None
 
     def __repr__(self) -> str:
         budget = "no limit" if self.budget is None else f"{self.budget} bytes"
@@ -168,8 +184,13 @@ class Arena:
             MemoryError: the system has no memory left.
             ValueError: a negative size, a closed arena, or a ``"bump"`` arena without a frame.
         """
-        # Every microsecond counts here; what the op checks is not checked before.
-        if len(size) == 1 and not isinstance(size[0], int):
+        if self._direct is not None and (code := _CODES.get(dtype)) is not None:
+            try:
+                return _from_dlpack(_arena_empty(self._direct, size, code))
+            except RuntimeError as error:
+                self._check_open()
+                raise _translated(error, size) from None
+        if len(size) == 1 and isinstance(size[0], Sequence):
             size = tuple(size[0])
         frames = self._frames.stack
         try:
@@ -240,11 +261,19 @@ class Arena:
         stack = self._frames.stack
         frame = self._backend.frame(hint)
         stack.append(frame)
+        self._count_frame(1)
         try:
             yield
         finally:
+            self._count_frame(-1)
             stack.remove(frame)
             frame.close()
+
+    def _count_frame(self, change: int) -> None:
+        with self._lock:
+            self._open_frames += change
+            if isinstance(self._backend, _NativeBackend):
+                self._direct = None if self._open_frames else self._backend.handle
 
     def stats(self) -> ArenaStats:
         """Counters of this moment."""
@@ -305,37 +334,37 @@ class _NativeBackend:
     """The pool of csrc/memory/arena.cpp."""
 
     def __init__(self, budget: int | None, strategy: str, max_cached: int | None) -> None:
-        self._handle: int = torch.ops.mkrs._arena_create(
+        self.handle: int = torch.ops.mkrs._arena_create(
             -1 if budget is None else budget, strategy, -1 if max_cached is None else max_cached
         )
         self._last: Sequence[int] = (0,) * 8
         # An arena that is simply dropped lets go of its pool as well.
-        self._finalizer = weakref.finalize(self, torch.ops.mkrs._arena_close, self._handle)
+        self._finalizer = weakref.finalize(self, torch.ops.mkrs._arena_close, self.handle)
 
         #: ``empty(size, dtype)``: the op itself, for it is called often.
         self.empty: Callable[[Sequence[int], torch.dtype], Tensor] = functools.partial(
-            torch.ops.mkrs._arena_empty.default, self._handle
+            torch.ops.mkrs._arena_empty.default, self.handle
         )
 
     def block(self, nbytes: int) -> Block:
-        return _NativeBlock(torch.ops.mkrs._arena_block(self._handle, nbytes))
+        return _NativeBlock(torch.ops.mkrs._arena_block(self.handle, nbytes))
 
     def block_over(self, view: Tensor, charge: int) -> Block:
-        return _NativeBlock(torch.ops.mkrs._arena_block_over(self._handle, view, charge))
+        return _NativeBlock(torch.ops.mkrs._arena_block_over(self.handle, view, charge))
 
     def frame(self, size_hint: int) -> Frame:
-        return _NativeFrame(torch.ops.mkrs._arena_frame_open(self._handle, size_hint))
+        return _NativeFrame(torch.ops.mkrs._arena_frame_open(self.handle, size_hint))
 
     def stats(self) -> Sequence[int]:
         if not self._finalizer.alive:
             return self._last
-        stats: list[int] = torch.ops.mkrs._arena_stats(self._handle)
+        stats: list[int] = torch.ops.mkrs._arena_stats(self.handle)
         return stats
 
     def trim(self, keep: int) -> int:
         if not self._finalizer.alive:
             return 0
-        freed: int = torch.ops.mkrs._arena_trim(self._handle, keep)
+        freed: int = torch.ops.mkrs._arena_trim(self.handle, keep)
         return freed
 
     def close(self) -> None:

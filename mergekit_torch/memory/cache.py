@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import mmap
 import threading
 import traceback
 from collections import OrderedDict, deque
@@ -18,18 +16,14 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.pread import READ_THREADS
-from ..checkpoint.rows import read_rows, row_count, row_layout
 from ..checkpoint.writer import parse_size
 from ..tensor import QuantizedTensor
 from .arena import Arena, Block, BudgetError
-from .upload import Target, Uploader
+from .places import Part, Places, total
+from .upload import Uploader
 from .views import FileViews
 
 __all__ = ["CacheStats", "TensorCache"]
-
-_ALIGNMENT = 64
-# Rows that go through a buffer (conversion of GGUF blocks, copies to a device) take this much.
-_STAGING = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -59,13 +53,6 @@ class CacheStats:
     entries: int
     resident: int
     peak: int
-
-
-@dataclass
-class _Part:
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass
@@ -139,6 +126,7 @@ class TensorCache:
         #: Bytes that are never exceeded.
         self.budget: int = self._arena.budget
         self._threads = threads
+        self._places = Places(checkpoint, self.device)
         self._views: FileViews | None = None
         if checkpoint.read == "mmap" and self.device.type == "cpu" and backend != "torch":
             self._views = FileViews(checkpoint)
@@ -148,7 +136,6 @@ class TensorCache:
             self._uploader = Uploader(self.device, kept)
         self._condition = threading.Condition(threading.RLock())
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._layouts: dict[str, dict[str, _Part]] = {}
         self._loading = 0
         self._wanted: deque[str] = deque()
         self._worker: threading.Thread | None = None
@@ -177,7 +164,8 @@ class TensorCache:
             if self._uploader is not None:
                 entry.idle = None
                 self._uploader.use(entry.copied)
-            return self._tensor(entry)
+            assert entry.block is not None
+            return self._places.tensor(entry.name, entry.block)
         finally:
             with self._condition:
                 entry.users -= 1
@@ -229,16 +217,18 @@ class TensorCache:
         """
         wanted = list(names)
         for name in wanted:
-            self.checkpoint.info(name) if name not in self._layouts else None
+            self.checkpoint._entry(name)
         with self._condition:
             self._check_open()
+            idle = not self._wanted  # else the worker looks again by itself
             self._wanted = deque(name for name in wanted if name not in self._entries)
             if self._wanted and self._worker is None:
                 self._worker = threading.Thread(
                     target=self._prefetch_loop, name="mkrs-prefetch", daemon=True
                 )
                 self._worker.start()
-            self._condition.notify_all()
+            if idle and self._wanted:
+                self._condition.notify_all()
 
     def notify(self, names: Iterable[str] = ()) -> None:
         """Tell a waiting prefetch that tensors have been let go of; it looks by itself as well.
@@ -263,10 +253,7 @@ class TensorCache:
         Raises:
             KeyError, NotImplementedError: as :meth:`get`.
         """
-        total = _total(self._layout(name))
-        # As csrc/memory/arena.cpp rounds.
-        step = 64 if total < mmap.PAGESIZE else mmap.PAGESIZE
-        return max(64, -(-total // step) * step)
+        return self._places.nbytes(name)
 
     def __contains__(self, name: object) -> bool:
         """Whether the tensor is loaded, or being loaded, now."""
@@ -336,7 +323,7 @@ class TensorCache:
 
     def _use(self, name: str) -> _Entry:
         """The loaded entry, counted as one user."""
-        self._layout(name)  # raises for an unknown name or type
+        self._places.layout(name)  # raises for an unknown name or type
         with self._condition:
             self._check_open()
             entry = self._entries.get(name)
@@ -352,7 +339,6 @@ class TensorCache:
                 self._prefetch_used += entry.fresh
                 entry.fresh = False
                 self._entries.move_to_end(name)
-                self._condition.notify_all()
             entry.users += 1
         if owner:
             self._load(entry, wait=True, threads=self._threads)
@@ -370,17 +356,19 @@ class TensorCache:
 
     def _load(self, entry: _Entry, *, wait: bool, threads: int) -> None:
         """Fill an entry that this thread has put into the books; errors go into the entry."""
-        layout = self._layout(entry.name)
+        layout = self._places.layout(entry.name)
         block: Block | None = None
         views = None
         try:
+            if not wait:
+                self._make_room(entry.name)
             if self._views is not None:
                 sizes = {part: p.dtype.itemsize for part, p in layout.items()}
                 views = self._views.find(entry.name, sizes)
             block = self._reserve(layout, entry.name, wait, views)
             try:
                 if views is None:
-                    entry.copied = self._read(entry.name, block, layout, threads)
+                    entry.copied = self._places.fill(entry.name, block, self._uploader, threads)
             finally:
                 with self._condition:
                     self._loading -= 1
@@ -404,9 +392,17 @@ class TensorCache:
                 entry.ready.set()
                 self._condition.notify_all()
 
+    def _make_room(self, name: str) -> None:
+        """Evict for a prefetch, or give way before any of its work is done."""
+        nbytes = self.nbytes(name)
+        with self._condition:
+            while self._arena.stats().active + nbytes > self.budget:
+                if not self._evict(fresh=False):
+                    raise _GaveWay
+
     def _reserve(
         self,
-        layout: dict[str, _Part],
+        layout: dict[str, Part],
         name: str,
         wait: bool,
         views: dict[str, Tensor] | None,
@@ -415,7 +411,7 @@ class TensorCache:
 
         Without ``wait`` prefetched tensors stay.
         """
-        nbytes = _total(layout)
+        nbytes = total(layout)
         offsets = {part: p.offset for part, p in layout.items()}
         with self._condition:
             while True:
@@ -503,71 +499,6 @@ class TensorCache:
                         self._wanted.appendleft(name)
                     self._condition.wait(0.002)
 
-    def _read(
-        self, name: str, block: Block, layout: dict[str, _Part], threads: int
-    ) -> torch.cuda.Event | None:
-        """Fill a block; the event says when its copy to a GPU is done."""
-        info = self.checkpoint.info(name)
-        rows = row_count(info.shape)
-        flat = {
-            part: block.tensor(p.offset, (rows, _columns(p.shape, rows)), p.dtype)
-            for part, p in layout.items()
-        }
-        if self._uploader is not None:
-            return self._uploader.upload(
-                name,
-                block.tensor(0, (_total(layout),), torch.uint8),
-                {part: Target(p.offset, flat[part]) for part, p in layout.items()},
-                lambda begin, out: read_rows(self.checkpoint, name, begin, out, threads=threads),
-            )
-        direct = self.device.type == "cpu" and (info.quantization is None or bool(info.parts))
-        if direct:
-            read_rows(self.checkpoint, name, 0, flat, threads=threads)
-            return None
-        row_bytes = sum(t.shape[1] * t.element_size() for t in flat.values())
-        step = max(1, _STAGING // max(1, row_bytes))
-        for begin in range(0, rows, step):
-            count = min(step, rows - begin)
-            staging = {
-                part: torch.empty(count, t.shape[1], dtype=t.dtype) for part, t in flat.items()
-            }
-            read_rows(self.checkpoint, name, begin, staging, threads=threads)
-            for part, tensor in flat.items():
-                tensor[begin : begin + count].copy_(staging[part])
-        return None
-
-    def _tensor(self, entry: _Entry) -> Any:
-        assert entry.block is not None
-        layout = self._layout(entry.name)
-        parts = {k: entry.block.tensor(p.offset, p.shape, p.dtype) for k, p in layout.items()}
-        if "" in parts:
-            return parts[""]
-        q = self.checkpoint.info(entry.name).quantization
-        assert q is not None
-        return QuantizedTensor(
-            parts["codes"],
-            parts["scale"],
-            parts.get("zero_point"),
-            parts.get("offset"),
-            bits=q.bits,
-            group_size=q.group_size,
-            in_features=q.in_features,
-            dtype=q.dtype,
-        )
-
-    def _layout(self, name: str) -> dict[str, _Part]:
-        layout = self._layouts.get(name)
-        if layout is None:
-            shape = self.checkpoint.info(name).shape
-            offset, layout = 0, {}
-            for part, (dtype, columns) in row_layout(self.checkpoint, name).items():
-                size = (*shape[:-1], columns) if part else shape
-                layout[part] = _Part(offset, tuple(size), dtype)
-                nbytes = math.prod(size) * dtype.itemsize
-                offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-            self._layouts[name] = layout
-        return layout
-
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the cache must be open, got a closed one")
@@ -578,18 +509,6 @@ _NOTHING = contextlib.nullcontext()
 
 class _GaveWay(Exception):
     """A prefetch found no room."""
-
-
-def _columns(shape: tuple[int, ...], rows: int) -> int:
-    return math.prod(shape) // rows if rows else (shape[-1] if len(shape) > 1 else 1)
-
-
-def _total(layout: dict[str, _Part]) -> int:
-    last: _Part | None = None
-    for part in layout.values():
-        last = part
-    assert last is not None
-    return last.offset + math.prod(last.shape) * last.dtype.itemsize
 
 
 def tensor_parts(tensor: Tensor) -> dict[str, Tensor]:

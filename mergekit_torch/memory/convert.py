@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..checkpoint import Checkpoint, ConvertedCheckpoint, TensorSpec
 from ..checkpoint.info import QuantInfo
-from ..checkpoint.rows import read_rows, row_count, row_layout
+from ..checkpoint.rows import load_rows, row_count, row_layout
 from ..checkpoint.save import ShardedWriter
 from ..checkpoint.writer import parse_size
 from ..format import FLOAT_DTYPES
@@ -24,19 +24,22 @@ from .journal import Journal
 
 __all__ = ["rewrite_checkpoint"]
 
-#: Larger pieces than this gain nothing and leave the caches.
-_MAX_PIECE = 32 << 20
+#: Source and target bytes of a piece: it stays in the caches from the read to the write, and Python
+#: costs little beside its work.
+_PIECE = 8 << 20
+#: Of a tensor whose rows move: what a piece needs lies anywhere in a head's rows.
+_MOVED_PIECE = 32 << 20
 #: A resumable job is made safe after so many bytes written.
 _SAFE_EVERY = 256 << 20
-#: Pieces that wait between two stages.
-_WAITING = 2
-# Pieces in memory at once: before the computation one being read, those that wait and one at work,
-# and as many results, which for copies are the pieces themselves. A quarter of the budget is for
-# freed memory that is kept for the next piece; the rest is room for rounding.
-_SHARES = 12
+#: Threads beside those that compute, for one that waits for the disk.
+_WAITING = 1
+# Of a piece a thread holds the rows, a copy in another order or form, and the result; the last
+# share is freed memory that is kept for the next piece.
+_SHARES = 3
+#: Elements that torch converts without a team of threads, which each of ours would get.
+_SERIAL_ELEMENTS = 1 << 14
 
 Parts = dict[str, Tensor]
-T = TypeVar("T")
 
 
 class _Piece(NamedTuple):
@@ -63,8 +66,9 @@ def rewrite_checkpoint(
 
     By spec, a float tensor is copied, cast or quantized (round to nearest, as
     :func:`mergekit_torch.ops.quantize`), a quantized one is copied or dequantized. Tensors go
-    through in pieces of rows, so one may be larger than the budget; reading, computing and writing
-    overlap. Results are those of doing it in one piece, bit for bit.
+    through in pieces of rows, so one may be larger than the budget. Each of several threads
+    (``torch.get_num_threads()`` and one more) reads, computes and writes pieces of its own; so
+    these overlap. Results are those of doing it in one piece, bit for bit.
 
     While it runs, files are hidden ``.*.partial`` files; ``target`` is replaced at the end, as by
     :func:`mergekit_torch.checkpoint.save_checkpoint`. A journal beside them notes what is safely on
@@ -80,7 +84,7 @@ def rewrite_checkpoint(
         resume: go on where an interrupted call with the same arguments stopped; the budget may be
             another. Starts from the beginning if there is nothing to go on from.
         metadata, max_shard_size: as for ``save_checkpoint``.
-        progress: called with the source bytes dealt with since the last call, from another thread.
+        progress: called with the source bytes dealt with since the last call.
 
     Returns:
         The files written, the index last.
@@ -96,8 +100,8 @@ def rewrite_checkpoint(
     view = _Source(source)
     strings = {"format": "pt"} if metadata is None else dict(metadata)
     changes = {name: _Change(view, name, spec) for name, spec in specs.items()}
-    steps = _steps(changes, parse_size(budget))
-    arena = Arena("cpu", max_cached=min(parse_size(budget) // 4, 2 * _MAX_PIECE))
+    steps, workers = _steps(changes, parse_size(budget), torch.get_num_threads() + _WAITING)
+    arena = Arena("cpu", max_cached=parse_size(budget) // _SHARES)
     # The journal is locked before any other file is touched: two jobs must not share them.
     with arena, Journal(target, keep=resume) as journal:
         at = journal.start(_fingerprint(view, specs, strings, max_shard_size), resume)
@@ -111,9 +115,8 @@ def rewrite_checkpoint(
                 writer.writers[name].skip_rows(name, rows)
                 if progress is not None:
                     progress(rows * changes[name].source_row_bytes)
-            _Pipeline(view, changes, writer, journal, arena, progress).run(
-                _pieces(changes, steps, done)
-            )
+            pieces = _pieces(changes, steps, done)
+            _Workers(view, changes, writer, journal, arena, pieces).run(workers, progress)
     return writer.written
 
 
@@ -174,13 +177,8 @@ class _Source:
             chosen = order[begin:end]
             begin, end = int(chosen.min()), int(chosen.max()) + 1
             chosen = chosen - begin
-        layout = row_layout(self.checkpoint, name)
-        out = {
-            part: arena.empty(end - begin, columns, dtype=dtype)
-            for part, (dtype, columns) in layout.items()
-        }
-        # One thread: the others compute meanwhile.
-        read_rows(self.checkpoint, name, begin, out, threads=1)
+        # One thread: the others have pieces of their own.
+        out = load_rows(self.checkpoint, name, begin, end - begin, arena.empty, threads=1)
         if chosen is not None:
             out = {part: tensor.index_select(0, chosen) for part, tensor in out.items()}
         return out
@@ -206,6 +204,8 @@ class _Change:
         self.target_row_bytes = sum(
             dtype.itemsize * (shape[-1] if len(shape) > 1 else 1) for dtype, shape in stored
         )
+        self.row_bytes = self.source_row_bytes + self.target_row_bytes
+        self.in_order = source.order(name) is None
         self.apply: Callable[[Parts], Parts]
         if before is None and after is None:
             self.apply = self._copy if spec.dtype == info.dtype else self._cast
@@ -226,7 +226,12 @@ class _Change:
         return parts
 
     def _cast(self, parts: Parts) -> Parts:
-        return {"": parts[""].to(self.spec.dtype)}
+        source = parts[""]
+        out = torch.empty_like(source, dtype=self.spec.dtype)
+        flat = source.view(-1).split(_SERIAL_ELEMENTS), out.view(-1).split(_SERIAL_ELEMENTS)
+        for before, after in zip(*flat, strict=True):
+            after.copy_(before)
+        return {"": out}
 
     def _quantize(self, parts: Parts) -> Parts:
         q = self.spec.quantization
@@ -266,19 +271,22 @@ def _stored_format(q: QuantInfo) -> tuple[object, ...]:
     return q.bits, q.group_size, q.scheme, q.in_features, q.scale_dtype
 
 
-def _steps(changes: Mapping[str, _Change], budget: int) -> dict[str, int]:
-    """Rows of a piece of each tensor, such that all pieces in flight fit the budget."""
-    steps = {}
-    room = budget // _SHARES
-    for name, change in changes.items():
-        row = change.source_row_bytes + change.target_row_bytes
-        if row > room and change.rows:
+def _steps(changes: Mapping[str, _Change], budget: int, workers: int) -> tuple[dict[str, int], int]:
+    """Rows of a piece of each tensor, and how many threads may have one within the budget."""
+    for change in changes.values():
+        if change.rows and _SHARES * change.row_bytes > budget:
             raise BudgetError(
                 f"{change.info.file}: tensor {change.info.name!r}: the budget of {budget} bytes "
-                f"must hold {_SHARES} rows of {row} bytes"
+                f"must hold {_SHARES} rows of {change.row_bytes} bytes"
             )
-        steps[name] = max(1, min(room, _MAX_PIECE) // max(row, 1))
-    return steps
+    largest = max((change.row_bytes for change in changes.values() if change.rows), default=1)
+    workers = min(workers, budget // (_SHARES * max(largest, 1)))
+    room = budget // (_SHARES * workers)
+    steps = {}
+    for name, change in changes.items():
+        piece = _PIECE if change.in_order else max(_PIECE, _MOVED_PIECE)
+        steps[name] = max(1, min(room, piece) // max(change.row_bytes, 1))
+    return steps, workers
 
 
 def _pieces(
@@ -292,8 +300,12 @@ def _pieces(
             yield _Piece(number, name, begin, min(begin + steps[name], change.rows))
 
 
-class _Pipeline:
-    """Reads, changes and writes pieces, each in a thread of its own."""
+class _Workers:
+    """Threads that take pieces in order, each to read, change and write one after the other.
+
+    A piece stays in the caches of the core that read it, and nothing is handed over. While some
+    wait for the disk, the others compute. The caller's thread keeps the books.
+    """
 
     def __init__(
         self,
@@ -302,105 +314,97 @@ class _Pipeline:
         writer: ShardedWriter,
         journal: Journal,
         arena: Arena,
-        progress: Callable[[int], None] | None,
+        pieces: Iterator[_Piece],
     ) -> None:
         self._source = source
         self._changes = changes
         self._writer = writer
         self._journal = journal
         self._arena = arena
-        self._progress = progress
-        self._inputs: _Channel[tuple[_Piece, Parts]] = _Channel(_WAITING)
-        self._outputs: _Channel[tuple[_Piece, Parts]] = _Channel(_WAITING)
+        self._pieces = enumerate(pieces)
+        self._news = threading.Condition()
+        # All below under the condition's lock.
+        self._running = 0
+        self._stopped = False
         self._failures: list[BaseException] = []
+        self._read = self._written = 0  # source and target bytes, since the books were last kept
+        self._done: dict[int, _Piece] = {}  # written, but not all before them
+        self._before = 0  # number of pieces that are written with all before them
+        self._at = (0, 0)  # where those end: a tensor's number and a row
 
-    def run(self, pieces: Iterator[_Piece]) -> None:
-        """Return when all is written, or raise what stopped a stage."""
+    def run(self, count: int, progress: Callable[[int], None] | None) -> None:
+        """Return when all is written, or raise what stopped a thread."""
         threads = [
-            threading.Thread(target=self._stage, args=(work,), name=name)
-            for name, work in (
-                ("mkrs-read", lambda: self._read(pieces)),
-                ("mkrs-write", self._write),
-            )
+            threading.Thread(target=self._work, name=f"mkrs-convert-{i}") for i in range(count)
         ]
-        for thread in threads:
-            thread.start()
+        self._running = count
         try:
-            # Here, where the caller has chosen torch's number of threads.
-            self._stage(self._compute)
-        finally:
             for thread in threads:
-                thread.join()
+                thread.start()
+            self._keep_books(progress)
+        finally:
+            with self._news:
+                self._stopped = True
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
         if self._failures:
             raise self._failures[0]
 
-    def _stage(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self._failures.append(error)
-            self._inputs.stop()
-            self._outputs.stop()
-
-    def _read(self, pieces: Iterator[_Piece]) -> None:
-        for piece in pieces:
-            self._inputs.put((piece, self._source.read(piece, self._arena)))
-        self._inputs.put(None)
-
-    def _compute(self) -> None:
-        while (item := self._inputs.get()) is not None:
-            piece, parts = item
-            del item
-            self._outputs.put((piece, self._changes[piece.name].apply(parts)))
-            del parts
-        self._outputs.put(None)
-
-    def _write(self) -> None:
+    def _keep_books(self, progress: Callable[[int], None] | None) -> None:
         unsafe = 0
-        while (item := self._outputs.get()) is not None:
-            piece, parts = item
-            change, rows = self._changes[piece.name], piece.end - piece.begin
-            self._writer.writers[piece.name].write_rows(piece.name, parts)
-            del item, parts
-            unsafe += rows * change.target_row_bytes
+        running = True
+        while running:
+            with self._news:
+                self._news.wait_for(lambda: self._read or self._written or not self._running)
+                if self._failures:
+                    return
+                read, written, at = self._read, self._written, self._at
+                self._read = self._written = 0
+                running = self._running > 0
+            unsafe += written
             if unsafe >= _SAFE_EVERY:
+                # What `at` covers was written before this.
                 for file in self._writer.files:
                     file.flush()
-                self._journal.note(piece.number, piece.end)
+                self._journal.note(*at)
                 unsafe = 0
-            if self._progress is not None:
-                self._progress(rows * change.source_row_bytes)
+            if progress is not None and read:
+                progress(read)
 
+    def _work(self) -> None:
+        failure: BaseException | None = None
+        try:
+            # One thread for each piece, whose work is too short for a team.
+            torch.ops.mkrs._run_serially(True)
+            while (item := self._next()) is not None:
+                number, piece = item
+                change = self._changes[piece.name]
+                parts = change.apply(self._source.read(piece, self._arena))
+                file = self._writer.writers[piece.name]
+                file.write_rows(piece.name, parts, first=piece.begin)
+                del parts
+                self._finished(number, piece, change)
+        except BaseException as error:
+            failure = error
+        with self._news:
+            if failure is not None:
+                self._failures.append(failure)
+                self._stopped = True
+            self._running -= 1
+            self._news.notify()
 
-class _Stopped(Exception):
-    """Another stage has failed."""
+    def _next(self) -> tuple[int, _Piece] | None:
+        with self._news:
+            return None if self._stopped else next(self._pieces, None)
 
-
-class _Channel(Generic[T]):
-    """A bounded queue between two stages; None ends it."""
-
-    def __init__(self, size: int) -> None:
-        self._queue: queue.Queue[T | None] = queue.Queue(size)
-        self._stopped = threading.Event()
-
-    def put(self, item: T | None) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-        raise _Stopped
-
-    def get(self) -> T | None:
-        while not self._stopped.is_set():
-            try:
-                return self._queue.get(timeout=0.1)
-            except queue.Empty:
-                continue
-        raise _Stopped
-
-    def stop(self) -> None:
-        self._stopped.set()
+    def _finished(self, number: int, piece: _Piece, change: _Change) -> None:
+        rows = piece.end - piece.begin
+        with self._news:
+            self._read += rows * change.source_row_bytes
+            self._written += rows * change.target_row_bytes
+            self._done[number] = piece
+            while (last := self._done.pop(self._before, None)) is not None:
+                self._before += 1
+                self._at = (last.number, last.end)
+            self._news.notify()

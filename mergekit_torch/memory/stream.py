@@ -77,6 +77,7 @@ class StreamedModel:
         self._order = list(self._units)  # as registered, until a pass shows the real one
         self._record: list[_Unit] = []
         self._position = 0
+        self._ahead: dict[int, list[str]] = {}  # position -> what to load from there on
         self._planned = False
         self._keep = self._small()
         self._kept: set[str] = set()
@@ -146,6 +147,7 @@ class StreamedModel:
             if source in self._keep and source not in self._kept:
                 self.cache.pin(source)
                 self._kept.add(source)
+                self._ahead.clear()
             loaded[source] = self.cache.get(source)
         for source, tensor in loaded.items():
             for part, plain in tensor_parts(tensor).items():
@@ -193,6 +195,9 @@ class StreamedModel:
 
     def _prefetch(self, position: int) -> None:
         """Ask for what comes next, up to half of the budget; the cache waits for room."""
+        if position in self._ahead:
+            self.cache.prefetch(self._ahead[position])
+            return
         ahead: list[str] = []
         room = self.cache.budget // 2
         for i in range(len(self._order)):
@@ -206,6 +211,7 @@ class StreamedModel:
                 ahead.append(source)
             if room < 0:
                 break
+        self._ahead[position] = ahead
         self.cache.prefetch(ahead)
 
     def _start_pass(self, module: nn.Module, args: Any) -> None:
@@ -214,6 +220,8 @@ class StreamedModel:
 
     def _end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._record:
+            if self._record != self._order:
+                self._ahead.clear()
             self._order = self._record
         if not self._planned:
             self._planned = True

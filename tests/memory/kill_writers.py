@@ -39,7 +39,7 @@ def specs_of(checkpoint):
 def main(mode, directory, kills, seed):
     torch.set_num_threads(1)
     convert._SAFE_EVERY = 1 << 15
-    convert._MAX_PIECE = 1 << 14
+    convert._PIECE = convert._MOVED_PIECE = 1 << 14
     random.seed(seed)
     source = directory / "source.safetensors"
     save_checkpoint(new_tensors(), source)

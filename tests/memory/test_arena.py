@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergekit_torch._C import arena_empty
 from mergekit_torch.checkpoint.info import SAFETENSORS_DTYPES
 from mergekit_torch.memory import Arena, BudgetError
 
@@ -275,6 +276,53 @@ def test_dtypes_and_empty_tensors(dtype):
     assert arena.empty(0, 5, dtype=dtype).shape == (0, 5)
     assert arena.empty(dtype=dtype).shape == ()
     assert arena.empty_like(tensor).shape == (3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.float8_e4m3fn])
+def test_sizes_as_torch_empty_takes_them(dtype):
+    arena = Arena("cpu")
+    for size in [(5,), (2, 3, 4), (0, 3), ([2, 3],), ((4,),), (torch.Size([2, 5]),), ([],)]:
+        found, expected = arena.empty(*size, dtype=dtype), torch.empty(*size, dtype=dtype)
+        assert found.shape == expected.shape
+        assert found.stride() == expected.stride()
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+    for size in [("ab",), (2.5,), (2, None)]:
+        with pytest.raises(TypeError, match="sizes must be integers"):
+            arena.empty(*size, dtype=dtype)
+    assert arena.stats().live == 1  # `found`
+
+
+def test_a_size_beyond_64_bits():
+    with pytest.raises(ValueError, match=r"less than 2\*\*60"):
+        Arena("cpu").empty(1 << 70)
+
+
+def test_a_capsule_that_nobody_takes_returns_its_block():
+    arena = Arena("cpu")
+    capsule = arena_empty(arena._direct, (1000,), 8)
+    assert arena.stats().live == 1
+    del capsule
+    assert arena.stats().live == 0
+    for arguments in ((), (1, [2], 8), (1, (2,)), ("1", (2,), 8)):
+        with pytest.raises(TypeError):
+            arena_empty(*arguments)
+    with pytest.raises(RuntimeError, match="must be open"):
+        arena_empty(-1, (2,), 8)
+
+
+def test_another_threads_frame_is_not_ours():
+    arena = Arena("cpu")
+    with arena.frame():
+        before = arena.stats().allocations
+        shapes = []
+        thread = threading.Thread(target=lambda: shapes.append(arena.empty([3, 4]).shape))
+        thread.start()
+        thread.join()
+        assert shapes == [(3, 4)]
+        assert arena.stats().allocations == before + 1
+    arena.empty(3)
+    assert arena.stats().allocations == before + 2
 
 
 @given(

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mergekit_torch.checkpoint import CheckpointError, open_checkpoint, save_checkpoint
-from mergekit_torch.memory import BudgetError, TensorCache, cache
+from mergekit_torch.memory import BudgetError, TensorCache, places
+from mergekit_torch.memory.cache import tensor_parts
 from mergekit_torch.tensor import QuantizedTensor
 
 PAGE = 4096
@@ -49,7 +50,7 @@ def same(a, b):
     assert type(a) is type(b)
     assert a.shape == b.shape
     assert a.dtype == b.dtype
-    parts = cache.tensor_parts(a), cache.tensor_parts(b)
+    parts = tensor_parts(a), tensor_parts(b)
     assert parts[0].keys() == parts[1].keys()
     for name, part in parts[0].items():
         assert torch.equal(part, parts[1][name])
@@ -175,13 +176,13 @@ def test_prefetching_gives_way_and_waits(checkpoint):
 
 
 def test_a_tensor_is_loaded_once_for_many_readers(checkpoint, monkeypatch):
-    original = cache.read_rows
+    original = places.read_rows
 
     def slow(*arguments, **keywords):
         time.sleep(0.05)
         original(*arguments, **keywords)
 
-    monkeypatch.setattr(cache, "read_rows", slow)
+    monkeypatch.setattr(places, "read_rows", slow)
     with TensorCache(checkpoint, "cpu", "1MiB") as tensors:
         found = []
         threads = [threading.Thread(target=lambda: found.append(tensors["t3"])) for _ in range(6)]
@@ -197,14 +198,14 @@ def test_a_tensor_is_loaded_once_for_many_readers(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("checkpoint", ["pread"], indirect=True)
 def test_a_failed_load_is_everybodys_and_can_be_tried_again(checkpoint, monkeypatch):
-    original = cache.read_rows
+    original = places.read_rows
 
     def failing(*arguments, **keywords):
         time.sleep(0.02)
         raise OSError(5, "cannot read at offset 77", "model")
 
     with TensorCache(checkpoint, "cpu", "1MiB") as tensors:
-        monkeypatch.setattr(cache, "read_rows", failing)
+        monkeypatch.setattr(places, "read_rows", failing)
         errors = []
 
         def work():
@@ -221,7 +222,7 @@ def test_a_failed_load_is_everybodys_and_can_be_tried_again(checkpoint, monkeypa
         assert len(errors) == 3
         tensors.prefetch(["t3"])
         wait_for(lambda: "t3" not in tensors)
-        monkeypatch.setattr(cache, "read_rows", original)
+        monkeypatch.setattr(places, "read_rows", original)
         same(tensors["t3"], SOURCE["t3"])
         assert tensors.stats().resident == tensors.nbytes("t3")
 
@@ -253,7 +254,7 @@ def test_closing(checkpoint):
 
 def test_other_devices_are_loaded_through_a_buffer(checkpoint, monkeypatch):
     """The path of CUDA and MPS, on a device whose copies do nothing."""
-    monkeypatch.setattr(cache, "_STAGING", 2048)
+    monkeypatch.setattr(places, "_STAGING", 2048)
     with TensorCache(checkpoint, "meta", "1MiB") as tensors:
         assert tensors["t7"].device.type == "meta"
         assert tensors["q1"].codes.device.type == "meta"

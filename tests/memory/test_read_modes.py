@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -218,6 +220,44 @@ def test_truncation_between_check_and_read(tmp_path, monkeypatch):
         os.truncate(path, 8192)
         with pytest.raises(CheckpointError, match="ends before byte 8192"):
             checkpoint["x"]
+
+
+def test_many_threads_read_at_once(tmp_path):
+    value = torch.arange(3 << 20, dtype=torch.int32)
+    save_checkpoint({f"t{i}": value + i for i in range(8)}, tmp_path / "x.safetensors")
+    wrong = []
+
+    def work(i, checkpoint):
+        for _ in range(3):
+            if not torch.equal(checkpoint[f"t{i}"], value + i):
+                wrong.append(i)
+
+    with open_checkpoint(tmp_path / "x.safetensors", read="pread") as checkpoint:
+        threads = [threading.Thread(target=work, args=(i, checkpoint)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_reads(tmp_path):
+    """The threads that help a read are the parent's."""
+    code = f"""
+import os, sys, torch
+from mergekit_torch.checkpoint import open_checkpoint, save_checkpoint
+value = torch.arange(4 << 20, dtype=torch.int32)
+save_checkpoint({{"x": value}}, {str(tmp_path / "x.safetensors")!r})
+checkpoint = open_checkpoint({str(tmp_path / "x.safetensors")!r}, read="pread")
+assert torch.equal(checkpoint["x"], value)
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(bytes(checkpoint["x"].numpy()) == bytes(value.numpy()) for _ in "ab") else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bad_mode(path):

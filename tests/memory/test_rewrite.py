@@ -1,7 +1,9 @@
 import errno
+import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,55 @@ def test_resuming(tmp_path, path, monkeypatch, after):
         assert (target / file.name).read_bytes() == file.read_bytes()
 
 
+def test_a_safe_point_has_all_pieces_before_it(tmp_path, path, monkeypatch):
+    """One piece takes long: those after it are written, and no safe point may cover them."""
+    monkeypatch.setattr(convert, "_SAFE_EVERY", 1)
+    original, noted, release = CheckpointWriter.write_rows, [], threading.Event()
+
+    def slow(self, name, parts, **more):
+        if (name, more["first"]) == (first, 0):
+            release.wait(10)
+        original(self, name, parts, **more)
+
+    def note(self, index, rows):
+        noted.append((release.is_set(), index, rows))
+
+    seen = 0
+
+    def progress(nbytes):
+        nonlocal seen
+        seen += nbytes
+        if seen > 100_000:
+            release.set()
+
+    monkeypatch.setattr(CheckpointWriter, "write_rows", slow)
+    monkeypatch.setattr(convert.Journal, "note", note)
+    with open_checkpoint(path) as checkpoint:
+        specs = quantized_specs(checkpoint)
+        first, *_, last = specs
+        target = tmp_path / "out.safetensors"
+        rewrite_checkpoint(checkpoint, target, specs, budget="64KiB", progress=progress)
+    early = [(index, rows) for released, index, rows in noted if not released]
+    assert early
+    assert set(early) == {(0, 0)}
+    assert noted[-1][1:] == (len(specs) - 1, convert.row_count(specs[last].shape))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stop])
+def test_an_exception_in_the_callers_thread_ends_the_others(tmp_path, path, error):
+    before = threading.active_count()
+
+    def progress(nbytes):
+        raise error
+
+    with open_checkpoint(path) as checkpoint, pytest.raises(error):
+        rewrite_checkpoint(
+            checkpoint, tmp_path / "out", quantized_specs(checkpoint), progress=progress
+        )
+    assert threading.active_count() == before
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_starting_over(tmp_path, path, tensors, monkeypatch):
     """A longer partial file of another job must leave nothing in the new one."""
     monkeypatch.setattr(convert, "_SAFE_EVERY", 10_000)
@@ -264,7 +315,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(tmp_path, path):
     check(ValueError, "float matrix", "ids", TensorSpec(torch.float32, (50, 100), q))
     check(ValueError, "dequantizes to", "q8", TensorSpec(torch.int8, (50, 96)))
     spec = TensorSpec(torch.float32, (300, 200))
-    check(BudgetError, "must hold 12 rows of 1600 bytes", "a.weight", spec, budget=19_199)
+    check(BudgetError, "must hold 3 rows of 1600 bytes", "a.weight", spec, budget=4_799)
     check(ValueError, "a size must be", "a.weight", spec, budget="some")
 
 
@@ -396,6 +447,42 @@ def test_many_threads_write_rows_of_one_file(tmp_path):
     with open_checkpoint(tmp_path / "x.safetensors") as checkpoint:
         for name, value in values.items():
             same(checkpoint[name], value)
+
+
+def test_rows_in_any_order(tmp_path):
+    value = torch.randn(40, 30)
+    with CheckpointWriter(tmp_path / "x", {"t": TensorSpec(torch.float32, (40, 30))}) as writer:
+        for first in (33, 0, 20, 7):
+            last = {33: 40, 0: 7, 20: 33, 7: 20}[first]
+            writer.write_rows("t", {"": value[first:last]}, first=first)
+        with pytest.raises(ValueError, match="written once"):
+            writer.write_rows("t", {"": value[:7]}, first=0)
+    with open_checkpoint(tmp_path / "x") as checkpoint:
+        same(checkpoint["t"], value)
+
+
+def test_giving_up_waits_for_writes_under_way(tmp_path, monkeypatch):
+    """Their file descriptor might be another file's by then."""
+    writer = CheckpointWriter(tmp_path / "x", {"t": TensorSpec(torch.float32, (4, 3))})
+    original, begun, events = os.pwrite, threading.Event(), []
+
+    def slow(fd, data, position):
+        begun.set()
+        time.sleep(0.2)
+        events.append("written")
+        return original(fd, data, position)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    thread = threading.Thread(target=writer.write, args=("t", torch.ones(4, 3)))
+    thread.start()
+    begun.wait(10)
+    writer.abort()
+    events.append("aborted")
+    thread.join()
+    assert events == ["written", "aborted"]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="must be open"):
+        writer.write("t", torch.ones(4, 3))
 
 
 def test_rows_that_do_not_fit_the_declaration(tmp_path):

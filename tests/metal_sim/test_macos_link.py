@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,8 @@ def compile_all(compiler: str, version: str, folder: Path, level: str = "-O2") -
         if source.suffix == ".mm":
             flags += ["-x", "objective-c++", "-fblocks", "-fobjc-arc", f"-I{HERE / 'apple'}"]
             flags += ["-Wno-unused-command-line-argument"]
+        # The limited API is the same everywhere; this machine's headers will do.
+        flags += ["-DPy_LIMITED_API=0x030a0000", "-isystem", sysconfig.get_paths()["include"]]
         flags += [f"-I{csrc}", "-isystem", str(include)]
         run([compiler, "c++", "-target", TARGET, *flags, "-c", str(source), "-o", str(target)])
         return target
@@ -129,6 +132,8 @@ def unresolved(objects: list[Path], version: str) -> dict[str, str]:
             origin[name] = "libSystem"
         elif name in FRAMEWORKS:
             origin[name] = FRAMEWORKS[name]
+        elif re.match(r"_+Py[A-Z_]\w+$", name):
+            origin[name] = "the interpreter"
         elif OBJC.match(name):
             origin[name] = "libobjc"
         elif CXX.match(name) or any(name in s.undefined for s in libraries.values()):
