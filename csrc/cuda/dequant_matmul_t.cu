@@ -7,6 +7,7 @@
 // into scratch once.
 #include "dequantize_rows.cuh"
 #include "sum_partials.cuh"
+#include "transposed.cuh"
 
 namespace mkrs::cuda {
 namespace {
@@ -21,6 +22,8 @@ constexpr int kMostRows = 4;  // input rows of one pass
 constexpr int kBlocksPerSm = 2;
 // Above this many passes the dense route is faster (measured on an H100).
 constexpr int kMostPasses = 2;
+constexpr int kMostTransposedPasses = 3;
+constexpr int kMostTransposedPassesF32 = 8;
 
 // Codes become floats by placing them high in the mantissa of a constant: element() is
 // (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
@@ -211,6 +214,32 @@ void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x
   launch_sum_partials(op, p.partial, splits, m, w.in_features, nullptr, out, type, scope.stream());
 }
 
+// In passes over tensor cores; false where the weight or the input is not one they take.
+bool run_transposed(const char* op, const QuantizedWeight& w, const Tensor& input, Float type,
+                    const Scope& scope, Tensor& result) {
+  const int64_t m = rows_of(input);
+  const int64_t rows = type == Float::F32 ? kTransposedExact : kTransposedMost;
+  const int64_t passes = ceil_div(m, rows);
+  if (passes > (type == Float::F32 ? kMostTransposedPassesF32 : kMostTransposedPasses)) {
+    return false;
+  }
+  for (int64_t first = 0; first < m; first += rows) {
+    const int64_t count = std::min(rows, m - first);
+    const char* x = static_cast<const char*>(input.const_data_ptr()) +
+                    first * row_stride(input) * float_size(type);
+    TransposedPlan plan;
+    if (!plan_transposed(w, x, row_stride(input), type, count, scope.info(), &plan)) return false;
+    Tensor partial = empty_on(input, {plan.splits, count, w.in_features}, ScalarType::Float);
+    plan.params.partial = static_cast<float*>(partial.mutable_data_ptr());
+    launch_transposed(op, plan, type, scope.stream());
+    launch_sum_partials(
+        op, plan.params.partial, plan.splits, count, w.in_features, nullptr,
+        static_cast<char*>(result.mutable_data_ptr()) + first * w.in_features * float_size(type),
+        type, scope.stream());
+  }
+  return true;
+}
+
 Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& scale,
                         const std::optional<Tensor>& zero_point,
                         const std::optional<Tensor>& offset, int64_t bits, int64_t group_size,
@@ -226,14 +255,15 @@ Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& 
 
   const int64_t m = rows_of(input);
   const Tensor flat = has_uniform_rows(input) ? input : torch::stable::contiguous(input);
-  if (ceil_div(m, kMostRows) > kMostPasses && w.rows > 0 && in_features > 0) {
+  Tensor result = empty_on(input, sizes_with_last(input, in_features), input.scalar_type());
+  if (m == 0 || in_features == 0) return result;
+  if (w.rows > 0 && run_transposed(op, w, flat, type, scope, result)) return result;
+  if (ceil_div(m, kMostRows) > kMostPasses && w.rows > 0) {
     Tensor scratch = empty_on(input, {w.rows, in_features}, input.scalar_type());
     launch_dequantize_rows(op, w, RowIndex{}, w.rows, scratch.mutable_data_ptr(), type,
                            scope.stream());
     return torch::stable::matmul(flat, scratch);
   }
-  Tensor result = empty_on(input, sizes_with_last(input, in_features), input.scalar_type());
-  if (m == 0 || in_features == 0) return result;
   for (int64_t first = 0; first < m; first += kMostRows) {
     const int64_t rows = std::min<int64_t>(kMostRows, m - first);
     void* out =

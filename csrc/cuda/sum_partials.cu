@@ -1,5 +1,7 @@
 #include "sum_partials.cuh"
 
+#include "hopper.cuh"
+
 namespace mkrs::cuda {
 namespace {
 
@@ -11,6 +13,10 @@ constexpr int kSlices = 8;
 template <typename T>
 __global__ void sum_partials_kernel(const float* partial, int64_t splits, int64_t total, int64_t n,
                                     const T* bias, T* out) {
+#if defined(MKRS_SM90)
+  wait_for_previous();
+  let_next_start();
+#endif
   __shared__ float sums[kSlices][kColumns];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   float value = 0.0f;
@@ -32,6 +38,10 @@ constexpr int kThreads = 256;
 template <typename T>
 __global__ void sum_few_kernel(const float* partial, int64_t splits, int64_t total, int64_t n,
                                const T* bias, T* out) {
+#if defined(MKRS_SM90)
+  wait_for_previous();
+  let_next_start();
+#endif
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= total) return;
   float value = 0.0f;
@@ -51,14 +61,23 @@ void launch_sum_partials(const char* op, const float* partial, int64_t splits, i
   const int64_t blocks = ceil_div(total, few ? kThreads : kColumns);
   MKRS_CHECK(blocks < (int64_t{1} << 31), op, "the output must fit one CUDA grid, got ", total,
              " elements");
+  int device = 0;
+  check_cuda(op, "cudaGetDevice", cudaGetDevice(&device));
+  const bool overlapped = device_info(op, device).major >= 9;
   dispatch_float(type, [&](auto element) {
     using T = decltype(element);
     const auto kernel = few ? sum_few_kernel<T> : sum_partials_kernel<T>;
     const dim3 block = few ? dim3(kThreads) : dim3(kColumns, kSlices);
-    kernel<<<static_cast<unsigned>(blocks), block, 0, stream>>>(
-        partial, splits, total, n, static_cast<const T*>(bias), static_cast<T*>(out));
+    if (overlapped) {
+      launch_overlapped(op, kernel, dim3(static_cast<unsigned>(blocks)), block, 0, dim3(1), stream,
+                        partial, splits, total, n, static_cast<const T*>(bias),
+                        static_cast<T*>(out));
+    } else {
+      kernel<<<static_cast<unsigned>(blocks), block, 0, stream>>>(
+          partial, splits, total, n, static_cast<const T*>(bias), static_cast<T*>(out));
+      check_launch(op);
+    }
   });
-  check_launch(op);
 }
 
 }  // namespace mkrs::cuda

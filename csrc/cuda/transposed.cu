@@ -1,0 +1,423 @@
+// input [m, N] @ W -> [m, K] on tensor cores, where the summed index is the weight's row.
+//
+// Floor: codes and scales read once over the memory bandwidth. At 4 bits an H100 then has to take
+// in about 20 weights a clock and multiprocessor; every instruction a warp spends on a weight of
+// each lane costs 4% of its issue slots.
+//
+// A warp has 64 columns, a run inside one group, and walks down its rows 32 at a time. An operand
+// register holds two neighbours of the summed index, so codes of the same column in two rows; two
+// rows' words joined by halves hold four such pairs, and lane g takes 8 columns, which are rows g
+// and g + 8 of four products. Which column is which row of a product does not matter to the sums.
+//
+// - Up to 8 input rows nothing is rounded: codes become exact integers q - c, and what multiplies
+//   them is input * scale, an f32 number as the sum of three bf16 limbs. Each lane works these out
+//   for one weight row, and shares them with its warp; input * shift is summed in f32 beside it.
+// - Above, weights are rounded to the input's type, as in a dense layer, and inputs are operands as
+//   they lie in memory.
+//
+// The sums of row splits go to memory as f32 and are added by sum_partials.cu in a fixed order.
+#include "hopper.cuh"
+#include "mma.cuh"
+#include "rounded.cuh"
+#include "transposed.cuh"
+
+namespace mkrs::cuda {
+namespace {
+
+constexpr int kThreads = kTransposedWarps * 32;
+constexpr int kLimbs = 3;  // 3 x 8 bits are f32's mantissa
+
+// Blocks of a multiprocessor.
+constexpr int exact_blocks(int bits, int m) {
+  return m <= 2 && bits < 8 ? 3 : 2;
+}
+constexpr int rounded_blocks(int tiles) {
+  return tiles <= 2 ? 2 : 1;
+}
+
+// Where a lane is: its columns and the rows of its block.
+struct Place {
+  int warp, lane, g, t;
+  int64_t k;  // the first of the lane's eight columns
+  int64_t group;
+  int64_t begin, end;  // rows
+  int bytes;           // of codes, of the lane's columns
+  bool vector;
+};
+
+template <int BITS>
+__device__ __forceinline__ Place place_of(const TransposedParams& p) {
+  Place at;
+  at.warp = threadIdx.x / 32;
+  at.lane = threadIdx.x % 32;
+  at.g = at.lane / 4;
+  at.t = at.lane % 4;
+  const int64_t first =
+      (static_cast<int64_t>(blockIdx.x) * kTransposedWarps + at.warp) * kTransposedSpan;
+  at.k = first + at.g * 8;
+  at.group = first >> p.shift;
+  at.begin = blockIdx.y * p.split_rows;
+  at.end = min(p.w.rows, at.begin + p.split_rows);
+  const int64_t left = min(int64_t{8}, p.w.in_features - at.k);
+  at.bytes = left > 0 ? static_cast<int>(left * BITS + 7) / 8 : 0;
+  at.vector = p.aligned && left == 8;
+  return at;
+}
+
+// The codes of a step of one lane: its columns of rows 8t to 8t + 7. Rows past the end are the last
+// one again; what multiplies them is zero.
+template <int BITS>
+struct StepCodes {
+  EightCodes<BITS> rows[8];
+  __device__ __forceinline__ void load(const TransposedParams& p, const Place& at, int64_t row) {
+    const int64_t first = row + at.t * 8;
+    const uint8_t* from = p.w.codes + first * p.w.codes_stride + at.k * BITS / 8;
+    if (at.vector && row + kTransposedStep <= at.end) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        rows[i].load(from, true, BITS);
+        from += p.w.codes_stride;
+      }
+      return;
+    }
+    for (int i = 0; i < 8; ++i) {
+      const int64_t n = min(first + i, at.end - 1);
+      const uint8_t* last = p.w.codes + n * p.w.codes_stride + at.k * BITS / 8;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (j == i) rows[j].load(last, at.vector, at.bytes);
+      }
+    }
+  }
+};
+
+// Codes of the same column in two rows as pairs of exact integers q - c in bf16.
+template <int BITS>
+__device__ __forceinline__ void pair_rows(const EightCodes<BITS>& low, const EightCodes<BITS>& high,
+                                          uint32_t (&pairs)[8]) {
+  using T = __nv_bfloat16;
+  if constexpr (BITS == 8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t v = __byte_perm(low.words[i / 2], high.words[i / 2], i % 2 ? 0x7632 : 0x5410);
+      pairs[2 * i] = centered_pair<T, 8, 0>(v);
+      pairs[2 * i + 1] = centered_pair<T, 8, 0>(v >> 8);
+    }
+  } else if constexpr (BITS == 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t v = __byte_perm(low.words[0], high.words[0], i % 2 ? 0x7632 : 0x5410);
+      pairs[4 * i] = centered_pair<T, 4, 0>(v);
+      pairs[4 * i + 1] = centered_pair<T, 4, 0>(v >> 4);
+      pairs[4 * i + 2] = centered_pair<T, 4, 0>(v >> 8);
+      pairs[4 * i + 3] = centered_pair<T, 4, 0>(v >> 12);
+    }
+  } else {
+    const uint32_t v = __byte_perm(low.words[0], high.words[0], 0x5410);
+    pairs[0] = centered_pair<T, 2, 0>(v);
+    pairs[1] = centered_pair<T, 2, 2>(v);
+    pairs[2] = centered_pair<T, 2, 4>(v);
+    pairs[3] = centered_pair<T, 2, 0>(v >> 6);
+    pairs[4] = centered_pair<T, 2, 2>(v >> 6);
+    pairs[5] = centered_pair<T, 2, 4>(v >> 6);
+    pairs[6] = centered_pair<T, 2, 0>(v >> 12);
+    pairs[7] = centered_pair<T, 2, 2>(v >> 12);
+  }
+}
+
+// The sums of one input row and the lane's columns.
+__device__ __forceinline__ void store_partial(const TransposedParams& p, const Place& at, int m,
+                                              const float (&v)[8]) {
+  const int64_t width = p.w.in_features;
+  float* to = p.partial + (static_cast<int64_t>(blockIdx.y) * p.m + m) * width + at.k;
+  if (at.k + 8 <= width && width % 4 == 0) {
+    reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (at.k + i < width) to[i] = v[i];
+    }
+  }
+}
+
+// Grid (tiles of K, splits of N). M: input rows, rounded up to 1, 2, 4 or 8.
+template <typename T, int BITS, int M>
+__global__ void __launch_bounds__(kThreads, exact_blocks(BITS, M))
+    transposed_exact_kernel(const TransposedParams p) {
+  constexpr int kAhead = 2;  // steps in flight
+  const QuantizedWeight& w = p.w;
+  const Place at = place_of<BITS>(p);
+  // [buffer][limb][input row][weight row of the step], a warp each.
+  __shared__ __align__(16) unsigned short all_limbs[kTransposedWarps][2][kLimbs][8][32];
+  auto& limbs = all_limbs[at.warp];
+  for (unsigned i = at.lane; i < sizeof(limbs) / 16; i += 32) {
+    reinterpret_cast<uint4*>(&limbs)[i] = make_uint4(0, 0, 0, 0);
+  }
+  __syncwarp();
+#if defined(MKRS_SM90)
+  wait_for_previous();
+  let_next_start();
+#endif
+  if (at.k - at.g * 8 >= w.in_features) return;
+
+  StepCodes<BITS> codes[kAhead];
+  RawGroup groups[kAhead];
+  T inputs[kAhead][M];
+  const T* x = static_cast<const T*>(p.x);
+  const auto fetch = [&](int64_t row, int u) {
+    codes[u].load(p, at, row);
+    const int64_t n = min(row + at.lane, at.end - 1);
+    groups[u] = load_group(w, n, at.group);
+#pragma unroll
+    for (int m = 0; m < M; ++m) inputs[u][m] = x[min(m, p.m - 1) * p.x_stride + n];
+  };
+  float acc[4][4] = {};
+  float sums[M] = {};
+  int buffer = 0;
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (at.begin + u * kTransposedStep < at.end) fetch(at.begin + u * kTransposedStep, u);
+  }
+  for (int64_t base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t row = base + u * kTransposedStep;
+      if (row >= at.end) break;
+      {
+        const bool inside = row + at.lane < at.end;
+        const Group group = finish_group(w, groups[u]);
+        const float shift =
+            fmaf(group.scale, static_cast<float>(1 << (BITS - 1)) - group.zero, group.offset);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const float input = to_float(inputs[u][m]);
+          float rest = inside ? input * group.scale : 0.0f;
+          sums[m] = inside ? fmaf(input, shift, sums[m]) : sums[m];
+#pragma unroll
+          for (int l = 0; l < kLimbs; ++l) {
+            const __nv_bfloat16 limb = __float2bfloat16_rn(rest);
+            limbs[buffer][l][m][at.lane] = __bfloat16_as_ushort(limb);
+            rest -= __bfloat162float(limb);
+          }
+        }
+      }
+      __syncwarp();
+      uint4 b[kLimbs];
+#pragma unroll
+      for (int l = 0; l < kLimbs; ++l) {
+        b[l] = *reinterpret_cast<const uint4*>(&limbs[buffer][l][at.g][at.t * 8]);
+      }
+      buffer ^= 1;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
+        uint32_t low[8], high[8];
+        pair_rows<BITS>(codes[u].rows[4 * j], codes[u].rows[4 * j + 1], low);
+        pair_rows<BITS>(codes[u].rows[4 * j + 2], codes[u].rows[4 * j + 3], high);
+#pragma unroll
+        for (int l = 0; l < kLimbs; ++l) {
+          const uint32_t b0 = j == 0 ? b[l].x : b[l].z;
+          const uint32_t b1 = j == 0 ? b[l].y : b[l].w;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            mma(acc[i], low[2 * i], low[2 * i + 1], high[2 * i], high[2 * i + 1], b0, b1,
+                __nv_bfloat16{});
+          }
+        }
+      }
+      if (row + kAhead * kTransposedStep < at.end) fetch(row + kAhead * kTransposedStep, u);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sums[m] += __shfl_xor_sync(~0u, sums[m], offset);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int m = 2 * at.t + c;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      if (i == m) sum = sums[i];
+    }
+    float v[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] = acc[i][c] + sum;
+      v[2 * i + 1] = acc[i][2 + c] + sum;
+    }
+    if (m < p.m) store_partial(p, at, m, v);
+  }
+}
+
+// Grid (tiles of K, splits of N). TILES: of 8 input rows.
+template <typename T, int BITS, int TILES>
+__global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
+    transposed_rounded_kernel(const TransposedParams p) {
+  constexpr int kAhead = 2;  // steps in flight
+  const QuantizedWeight& w = p.w;
+  const Place at = place_of<BITS>(p);
+  __shared__ __align__(16) float2 all_scales[kTransposedWarps][2][32];  // (factor, shift)
+  auto& scales = all_scales[at.warp];
+#if defined(MKRS_SM90)
+  wait_for_previous();
+  let_next_start();
+#endif
+  if (at.k - at.g * 8 >= w.in_features) return;
+
+  StepCodes<BITS> codes[kAhead];
+  RawGroup groups[kAhead];
+  const T* x[TILES];  // of the lane's input row
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) {
+    x[i] = static_cast<const T*>(p.x) + min(i * 8 + at.g, p.m - 1) * p.x_stride + at.t * 8;
+  }
+  const auto fetch = [&](int64_t row, int u) {
+    codes[u].load(p, at, row);
+    groups[u] = load_group(w, min(row + at.lane, at.end - 1), at.group);
+  };
+  float acc[TILES][4][4] = {};
+  int buffer = 0;
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (at.begin + u * kTransposedStep < at.end) fetch(at.begin + u * kTransposedStep, u);
+  }
+  for (int64_t base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t row = base + u * kTransposedStep;
+      if (row >= at.end) break;
+      uint4 b[TILES];  // whole: rows of inputs are a multiple of eight long
+      const bool inside = row + at.t * 8 < at.end;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        b[i] = make_uint4(0, 0, 0, 0);
+        if (inside) b[i] = __ldg(reinterpret_cast<const uint4*>(x[i] + row));
+      }
+      // Zeros where there is no row, so that zero inputs meet finite numbers.
+      scales[buffer][at.lane] = row + at.lane < at.end ? element_scale<BITS>(w, groups[u])
+                                                       : make_float2(0.0f, 0.0f);
+      __syncwarp();
+      const float2* shared = &scales[buffer][at.t * 8];
+      buffer ^= 1;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
+        uint32_t a[4][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int first = 4 * j + 2 * h;
+          const float4 scale = *reinterpret_cast<const float4*>(shared + first);
+          float low[8], high[8];
+          codes[u].rows[first].elements(low);
+          codes[u].rows[first + 1].elements(high);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            a[i / 2][2 * h + i % 2] = pack_pair<T>(fmaf(low[i], scale.x, scale.y),
+                                                   fmaf(high[i], scale.z, scale.w));
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+          const uint32_t b0 = j == 0 ? b[tile].x : b[tile].z;
+          const uint32_t b1 = j == 0 ? b[tile].y : b[tile].w;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, T{});
+          }
+        }
+      }
+      if (row + kAhead * kTransposedStep < at.end) fetch(row + kAhead * kTransposedStep, u);
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int m = tile * 8 + 2 * at.t + c;
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[2 * i] = acc[tile][i][c];
+        v[2 * i + 1] = acc[tile][i][2 + c];
+      }
+      if (m < p.m) store_partial(p, at, m, v);
+    }
+  }
+}
+
+// Calls f with the kernel of a plan.
+template <typename F>
+void dispatch_transposed(const TransposedPlan& plan, Float type, const F& f) {
+  const int m = plan.params.m;
+  dispatch_float(type, [&](auto element) {
+    using T = decltype(element);
+    dispatch_bits(plan.params.w.bits, [&](auto bits) {
+      constexpr int kBits = decltype(bits)::value;
+      if (m <= kTransposedExact) {
+        f(m == 1   ? transposed_exact_kernel<T, kBits, 1>
+          : m == 2 ? transposed_exact_kernel<T, kBits, 2>
+          : m <= 4 ? transposed_exact_kernel<T, kBits, 4>
+                   : transposed_exact_kernel<T, kBits, 8>);
+      } else if constexpr (sizeof(T) == 2) {
+        f(m <= 16   ? transposed_rounded_kernel<T, kBits, 2>
+          : m <= 32 ? transposed_rounded_kernel<T, kBits, 4>
+                    : transposed_rounded_kernel<T, kBits, 8>);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, Float type,
+                     int64_t m, const DeviceInfo& info, TransposedPlan* plan) {
+  const int64_t tiles = ceil_div(w.in_features, int64_t{kTransposedSpan} * kTransposedWarps);
+  if (info.major < 8 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
+      m > (type == Float::F32 ? kTransposedExact : kTransposedMost) || w.rows < 1 ||
+      tiles < 1 || tiles >= (int64_t{1} << 31)) {
+    return false;
+  }
+  // Rounded weights multiply inputs that are loaded eight at a time.
+  if (m > kTransposedExact && (w.rows % 8 != 0 || !aligned(x, 16) || x_stride % 8 != 0)) {
+    return false;
+  }
+  // One wave of blocks, each with a few steps at least.
+  const int per_multiprocessor = m <= kTransposedExact
+                                     ? exact_blocks(w.bits, static_cast<int>(m))
+                                     : rounded_blocks(static_cast<int>(m) <= 16 ? 2 : 8);
+  const int64_t blocks = int64_t{info.multiprocessors} * per_multiprocessor;
+  const int64_t wanted = std::max<int64_t>(1, blocks / tiles);
+  const int64_t steps = ceil_div(w.rows, int64_t{kTransposedStep});
+  const int64_t split_steps = std::max<int64_t>(std::min<int64_t>(4, steps),
+                                                ceil_div(steps, wanted));
+  plan->overlapped = info.major >= 9;
+  plan->tiles = static_cast<int>(tiles);
+  plan->splits = static_cast<int>(ceil_div(steps, split_steps));
+  plan->params = TransposedParams{w,
+                                  x,
+                                  x_stride,
+                                  nullptr,
+                                  group_shift(w),
+                                  static_cast<int>(m),
+                                  split_steps * kTransposedStep,
+                                  aligned(w.codes, w.bits) && w.codes_stride % w.bits == 0};
+  return plan->splits <= 65535;
+}
+
+void launch_transposed(const char* op, const TransposedPlan& plan, Float type,
+                       cudaStream_t stream) {
+  const dim3 grid(plan.tiles, plan.splits);
+  dispatch_transposed(plan, type, [&](auto kernel) {
+    if (plan.overlapped) {
+      launch_overlapped(op, kernel, grid, kThreads, 0, dim3(1), stream, plan.params);
+    } else {
+      kernel<<<grid, kThreads, 0, stream>>>(plan.params);
+      check_launch(op);
+    }
+  });
+}
+
+}  // namespace mkrs::cuda
