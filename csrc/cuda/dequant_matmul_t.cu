@@ -22,8 +22,7 @@ constexpr int kMostRows = 4;  // input rows of one pass
 constexpr int kBlocksPerSm = 2;
 // Above this many passes the dense route is faster (measured on an H100).
 constexpr int kMostPasses = 2;
-constexpr int kMostTransposedPasses = 3;
-constexpr int kMostTransposedPassesF32 = 8;
+constexpr int kMostTransposedPasses = 1;
 
 // Codes become floats by placing them high in the mantissa of a constant: element() is
 // (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
@@ -218,11 +217,8 @@ void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x
 bool run_transposed(const char* op, const QuantizedWeight& w, const Tensor& input, Float type,
                     const Scope& scope, Tensor& result) {
   const int64_t m = rows_of(input);
-  const int64_t rows = type == Float::F32 ? kTransposedExact : kTransposedMost;
-  const int64_t passes = ceil_div(m, rows);
-  if (passes > (type == Float::F32 ? kMostTransposedPassesF32 : kMostTransposedPasses)) {
-    return false;
-  }
+  const int64_t rows = kTransposedMost;
+  if (ceil_div(m, rows) > kMostTransposedPasses) return false;
   for (int64_t first = 0; first < m; first += rows) {
     const int64_t count = std::min(rows, m - first);
     const char* x = static_cast<const char*>(input.const_data_ptr()) +

@@ -22,6 +22,8 @@ struct StreamParams {
   int chunks;        // units of a weight row
   int split_chunks;  // units of a row that one block handles
   int tiles;         // of kStreamTile weight rows
+  int block_tiles;   // of a block at least; of the first larger_blocks one more
+  int larger_blocks;
   int stages;        // units of each warp's ring: 2, 3 or 4
   int total_tiles;   // most tiles of a block, where K is split over a cluster
   int x_row;         // elements from one staged input row to the next

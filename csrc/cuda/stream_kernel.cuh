@@ -34,6 +34,34 @@ constexpr int kStreamLeastShared = 116 * 1024;
 template <int BITS>
 constexpr int kStreamAhead = BITS == 8 ? 2 : 24 / (2 * BITS);
 
+// What is taken away from codes before they are multiplied. bf16 has few bits of mantissa: there
+// 4-bit codes become q + 16, without an instruction that subtracts; the sums make up for it.
+template <typename T, int BITS>
+constexpr float kStreamCenter =
+    BITS == 4 && std::is_same_v<T, __nv_bfloat16> ? -16.0f : float(1 << (BITS - 1));
+
+template <typename T, int BITS, int RUN>
+__device__ __forceinline__ void stream_codes(const uint32_t (&w)[(RUN * BITS + 7) / 8],
+                                             uint32_t (&a)[RUN][2]) {
+  if constexpr (kStreamCenter<T, BITS> > 0.0f) {
+    unpack_codes<T, BITS, RUN>(w, a);
+  } else {
+    const auto pair = [](uint32_t v) { return masked_or(v, 0x00780078u, 0x41804180u); };
+#pragma unroll
+    for (int i = 0; i < (RUN + 1) / 2; ++i) {
+      const uint32_t v = RUN == 1 ? w[i] | w[i] << 12 : w[i];  // a run of one holds 16 bits
+      a[2 * i][0] = pair(v << 3);
+      if constexpr (RUN == 1) {
+        a[0][1] = pair(v >> 5);
+      } else {
+        a[2 * i][1] = pair(v >> 1);
+        a[2 * i + 1][0] = pair(v >> 5);
+        a[2 * i + 1][1] = pair(v >> 9);
+      }
+    }
+  }
+}
+
 // COLS: input rows, rounded up to 1, 4 or 8.
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParams p) {
@@ -61,15 +89,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
 
   const int first_chunk = blockIdx.y * p.split_chunks;
   const int count = min(p.split_chunks, p.chunks - first_chunk);
-  const int tile_begin = static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.tiles / gridDim.x);
-  const int tile_end = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * p.tiles / gridDim.x);
-  const int units = (tile_end - tile_begin) * count;
+  // Shares of the first ones are larger by one; divisions by what only the host knows would keep
+  // the first requests waiting.
+  const int block = blockIdx.x;
+  const int tile_begin = block * p.block_tiles + min(block, p.larger_blocks);
+  const int tiles = p.block_tiles + (block < p.larger_blocks ? 1 : 0);
+  const int units = tiles * count;
   // Of the block's units, in the order of tiles and of chunks in a tile.
-  const auto begin_of = [&](int which) {
-    return static_cast<int>(static_cast<int64_t>(units) * which / WARPS);
-  };
-  const int begin = begin_of(warp);
-  const int mine = begin_of(warp + 1) - begin;
+  const int share_units = units / WARPS;
+  const int larger_shares = units % WARPS;
+  const int begin = warp * share_units + min(warp, larger_shares);
+  const int mine = share_units + (warp < larger_shares ? 1 : 0);
   const Cursor start{tile_begin + begin / count, begin % count};
 
   // ---- the stream of codes and scales ----
@@ -265,7 +295,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
         }
       }
     }
-    constexpr float kCenter = 1 << (BITS - 1);
+    constexpr float kCenter = kStreamCenter<T, BITS>;
     float2 pair[kPer];
     const auto convert = [&](Float type) {
 #pragma unroll
@@ -278,7 +308,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
           const float point = __uint_as_float(0x4b000000u | raw_zero[i]) - 8388608.0f;
           pair[i].y = pair[i].x * (kCenter - point);
         } else {
-          pair[i].y = 0.0f;
+          pair[i].y = pair[i].x * (kCenter - (1 << (BITS - 1)));
         }
       }
     };
@@ -301,7 +331,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   const int first_k = first_chunk * kStreamUnit;
   float* run_sums = reinterpret_cast<float*>(shared + at.sums);
   {
-    constexpr int kBatch = COLS == 1 ? 2 : 4;       // loads in flight
+    constexpr int kBatch = COLS == 1 ? 3 : 4;       // loads in flight
     const int blocks = count * (kStreamUnit / 16);  // of 16 activations, per row
     const int all = blocks * p.m;
     const int end = static_cast<int>(w.in_features);
@@ -311,7 +341,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       for (int b = 0; b < kBatch; ++b) {
         if (base + b * kThreads >= all) break;
         const int i = base + b * kThreads + threadIdx.x;
-        const int row = i / blocks;
+        const int row = COLS == 1 ? 0 : i / blocks;
         const int k = first_k + (i - row * blocks) * 16;
         const unsigned short* x = static_cast<const unsigned short*>(p.x) + row * p.x_stride;
         if (i < all && p.x_aligned && k + 16 <= end) {
@@ -335,7 +365,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       for (int b = 0; b < kBatch; ++b) {
         if (base + b * kThreads >= all) break;
         const int i = base + b * kThreads + threadIdx.x;
-        const int row = i / blocks;
+        const int row = COLS == 1 ? 0 : i / blocks;
         const int block = i - row * blocks;
         float sum = 0.0f;
 #pragma unroll
@@ -364,7 +394,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   }
   __syncthreads();
 
-  const bool shifted = w.scheme != Scheme::Symmetric;
+  const bool shifted = kStreamCenter<T, BITS> < 0.0f || w.scheme != Scheme::Symmetric;
   const T kind{};
   // Which weight row a lane's operand row is: lanes that read together take rows whose swizzle
   // differs where it matters.
@@ -427,7 +457,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
         uint32_t v[kLaneWords];
         const unsigned char* from = codes + half * 8 * 128;
         load_codes<kLaneBytes>(from, v);
-        unpack_codes<T, BITS, RUN>(v, a[half]);
+        stream_codes<T, BITS, RUN>(v, a[half]);
       }
       uint32_t b[RUN * 2];
       const unsigned char* x =
@@ -512,21 +542,30 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   };
   each(first, [&](float value, int m, int r) { slot_of(warp, 0)[m * kStreamTile + r] = value; });
   each(acc, [&](float value, int m, int r) { slot_of(warp, 1)[m * kStreamTile + r] = value; });
+  __shared__ int2 slot_tiles[WARPS];  // whose sums the slots hold: of the block's tiles, or -1
+  if (lane == 0) {
+    const int low = start.tile - tile_begin;
+    const int high = (begin + mine - 1) / count;
+    slot_tiles[warp] = mine > 0 ? make_int2(low, high == low ? -1 : high) : make_int2(-1, -1);
+  }
   __syncthreads();
-  const int tiles = tile_end - tile_begin;
-  const auto warp_of = [&](int unit) {
-    return static_cast<int>((static_cast<int64_t>(unit + 1) * WARPS - 1) / units);
-  };
   for (int i = threadIdx.x; i < tiles * results; i += kThreads) {
-    const int tile = i / results;
+    const int tile = COLS == 1 ? i / kStreamTile : static_cast<unsigned>(i) / results;
     const int j = i - tile * results;
-    const int low = warp_of(tile * count);
-    const int high = warp_of(tile * count + count - 1);
-    if (low == high && tile != begin_of(low) / count && tile != (begin_of(low + 1) - 1) / count) {
-      continue;  // finished above
+    float parts[WARPS];
+    bool is_shared = false;
+#pragma unroll
+    for (int s = 0; s < WARPS; ++s) {  // without branches, so that all of them load at once
+      const int2 held = slot_tiles[s];
+      const float part = slot_of(s, held.x == tile ? 0 : 1)[j];
+      const bool is_part = held.x == tile || held.y == tile;
+      parts[s] = is_part ? part : 0.0f;
+      is_shared |= is_part;
     }
-    float value = 0.0f;
-    for (int s = low; s <= high; ++s) value += slot_of(s, tile == begin_of(s) / count ? 0 : 1)[j];
+    float value = parts[0];
+#pragma unroll
+    for (int s = 1; s < WARPS; ++s) value += parts[s];
+    if (!is_shared) continue;  // finished above
     if (clustered) {
       totals[i] = value;
     } else {
@@ -539,9 +578,10 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
     cluster_barrier();
     const int splits = gridDim.y;
     for (int i = threadIdx.x * splits + blockIdx.y; i < tiles * results; i += kThreads * splits) {
-      const int tile = i / results;
+      const int tile = COLS == 1 ? i / kStreamTile : static_cast<unsigned>(i) / results;
       const int j = i - tile * results;
       float value = 0.0f;
+#pragma unroll 4
       for (int s = 0; s < splits; ++s) {
         value += read_cluster_float(shared_address(totals + i), s);
       }
@@ -568,8 +608,11 @@ void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t s
   if (plan.splits > 1) {
     blocks = std::max(blocks, (p.tiles + p.total_tiles - 1) / p.total_tiles);
   }
+  StreamParams params = p;
+  params.block_tiles = p.tiles / blocks;
+  params.larger_blocks = p.tiles % blocks;
   launch_overlapped(op, kernel, dim3(blocks, plan.splits), WARPS * 32, shared_bytes,
-                    dim3(1, plan.splits), stream, p);
+                    dim3(1, plan.splits), stream, params);
 }
 
 template <typename T, int BITS>

@@ -27,12 +27,9 @@ namespace {
 constexpr int kThreads = kTransposedWarps * 32;
 constexpr int kLimbs = 3;  // 3 x 8 bits are f32's mantissa
 
-// Blocks of a multiprocessor.
-constexpr int exact_blocks(int bits, int m) {
-  return m <= 2 && bits < 8 ? 3 : 2;
-}
-constexpr int rounded_blocks(int tiles) {
-  return tiles <= 2 ? 2 : 1;
+// Blocks of a multiprocessor, for a number of input rows.
+constexpr int transposed_blocks(int m) {
+  return m <= 16 ? 2 : 1;
 }
 
 // Where a lane is: its columns and the rows of its block.
@@ -40,7 +37,7 @@ struct Place {
   int warp, lane, g, t;
   int64_t k;  // the first of the lane's eight columns
   int64_t group;
-  int64_t begin, end;  // rows
+  int begin, end;  // rows
   int bytes;           // of codes, of the lane's columns
   bool vector;
 };
@@ -57,38 +54,91 @@ __device__ __forceinline__ Place place_of(const TransposedParams& p) {
   at.k = first + at.g * 8;
   at.group = first >> p.shift;
   at.begin = blockIdx.y * p.split_rows;
-  at.end = min(p.w.rows, at.begin + p.split_rows);
+  at.end = static_cast<int>(min(p.w.rows, static_cast<int64_t>(at.begin) + p.split_rows));
   const int64_t left = min(int64_t{8}, p.w.in_features - at.k);
   at.bytes = left > 0 ? static_cast<int>(left * BITS + 7) / 8 : 0;
   at.vector = p.aligned && left == 8;
   return at;
 }
 
-// The codes of a step of one lane: its columns of rows 8t to 8t + 7. Rows past the end are the last
-// one again; what multiplies them is zero.
+// What a lane loads of a step: the codes of its columns in rows 8t to 8t + 7, and scale and zero of
+// one row, its own. Rows past the end are the last one again; what multiplies them is zero.
 template <int BITS>
-struct StepCodes {
+struct StepLoads {
   EightCodes<BITS> rows[8];
-  __device__ __forceinline__ void load(const TransposedParams& p, const Place& at, int64_t row) {
-    const int64_t first = row + at.t * 8;
-    const uint8_t* from = p.w.codes + first * p.w.codes_stride + at.k * BITS / 8;
-    if (at.vector && row + kTransposedStep <= at.end) {
+  RawGroup group;
+};
+
+template <int BITS>
+class Walk {  // down the rows of a block
+ public:
+  __device__ __forceinline__ Walk(const TransposedParams& p, const Place& at) : p_(p), at_(at) {
+    const QuantizedWeight& w = p.w;
+    wide_ = w.scale_type == Float::F32;
+    zero_bytes_ = w.scheme == Scheme::Symmetric    ? 0
+                  : w.scheme == Scheme::Asymmetric ? 1
+                  : wide_                          ? 4
+                                                   : 2;
+    const int scale_bytes = wide_ ? 4 : 2;
+    const int64_t row = at.begin + at.lane;
+    codes_ = w.codes + int64_t{at.begin + at.t * 8} * w.codes_stride + at.k * BITS / 8;
+    scale_ = static_cast<const char*>(w.scale) + (row * w.scale_stride + at.group) * scale_bytes;
+    zero_ = static_cast<const char*>(w.zero) + (row * w.zero_stride + at.group) * zero_bytes_;
+    code_step_ = kTransposedStep * w.codes_stride;
+    scale_step_ = kTransposedStep * w.scale_stride * scale_bytes;
+    zero_step_ = kTransposedStep * w.zero_stride * zero_bytes_;
+  }
+
+  // The steps in order, one after the other.
+  __device__ __forceinline__ void load(int row, StepLoads<BITS>& to) {
+    if (row + kTransposedStep <= at_.end) {
+      if (at_.vector) {
+        const uint8_t* from = codes_;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        rows[i].load(from, true, BITS);
-        from += p.w.codes_stride;
+        for (int i = 0; i < 8; ++i) {
+          to.rows[i].load(from, true, BITS);
+          from += p_.w.codes_stride;
+        }
+      } else {
+        ragged_codes(row, to);
       }
-      return;
+      to.group.scale = wide_ ? __ldg(reinterpret_cast<const uint32_t*>(scale_))
+                             : __ldg(reinterpret_cast<const unsigned short*>(scale_));
+      to.group.zero = zero_bytes_ == 0   ? 0
+                      : zero_bytes_ == 2 ? __ldg(reinterpret_cast<const unsigned short*>(zero_))
+                      : zero_bytes_ == 1 ? __ldg(reinterpret_cast<const uint8_t*>(zero_))
+                                         : __ldg(reinterpret_cast<const uint32_t*>(zero_));
+    } else {
+      ragged_codes(row, to);
+      to.group = load_group(p_.w, min(row + at_.lane, at_.end - 1), at_.group);
     }
+    codes_ += code_step_;
+    scale_ += scale_step_;
+    zero_ += zero_step_;
+  }
+
+ private:
+  __device__ __forceinline__ void ragged_codes(int row, StepLoads<BITS>& to) {
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) {
-      const int64_t n = min(first + i, at.end - 1);
-      const uint8_t* last = p.w.codes + n * p.w.codes_stride + at.k * BITS / 8;
+      const int64_t n = min(row + at_.t * 8 + i, at_.end - 1);
+      EightCodes<BITS> codes;
+      codes.load(p_.w.codes + n * p_.w.codes_stride + at_.k * BITS / 8, at_.vector, at_.bytes);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (j == i) rows[j].load(last, at.vector, at.bytes);
+        if (j == i) to.rows[j] = codes;
       }
     }
   }
+
+  const TransposedParams& p_;
+  const Place& at_;
+  const uint8_t* codes_;
+  const char* scale_;
+  const char* zero_;
+  int64_t code_step_, scale_step_, zero_step_;
+  int zero_bytes_;
+  bool wide_;
 };
 
 // Codes of the same column in two rows as pairs of exact integers q - c in bf16.
@@ -143,7 +193,7 @@ __device__ __forceinline__ void store_partial(const TransposedParams& p, const P
 
 // Grid (tiles of K, splits of N). M: input rows, rounded up to 1, 2, 4 or 8.
 template <typename T, int BITS, int M>
-__global__ void __launch_bounds__(kThreads, exact_blocks(BITS, M))
+__global__ void __launch_bounds__(kThreads, transposed_blocks(M))
     transposed_exact_kernel(const TransposedParams p) {
   constexpr int kAhead = 2;  // steps in flight
   const QuantizedWeight& w = p.w;
@@ -161,16 +211,18 @@ __global__ void __launch_bounds__(kThreads, exact_blocks(BITS, M))
 #endif
   if (at.k - at.g * 8 >= w.in_features) return;
 
-  StepCodes<BITS> codes[kAhead];
-  RawGroup groups[kAhead];
+  Walk<BITS> walk(p, at);
+  StepLoads<BITS> loads[kAhead];
   T inputs[kAhead][M];
   const T* x = static_cast<const T*>(p.x);
-  const auto fetch = [&](int64_t row, int u) {
-    codes[u].load(p, at, row);
-    const int64_t n = min(row + at.lane, at.end - 1);
-    groups[u] = load_group(w, n, at.group);
+  const auto fetch = [&](int row, int u) {
+    walk.load(row, loads[u]);
+    const T* from = x + min(row + at.lane, at.end - 1);
 #pragma unroll
-    for (int m = 0; m < M; ++m) inputs[u][m] = x[min(m, p.m - 1) * p.x_stride + n];
+    for (int m = 0; m < M; ++m) {
+      inputs[u][m] = *from;
+      if (m + 1 < p.m) from += p.x_stride;
+    }
   };
   float acc[4][4] = {};
   float sums[M] = {};
@@ -179,14 +231,14 @@ __global__ void __launch_bounds__(kThreads, exact_blocks(BITS, M))
   for (int u = 0; u < kAhead; ++u) {
     if (at.begin + u * kTransposedStep < at.end) fetch(at.begin + u * kTransposedStep, u);
   }
-  for (int64_t base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
+  for (int base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const int64_t row = base + u * kTransposedStep;
+      const int row = base + u * kTransposedStep;
       if (row >= at.end) break;
       {
         const bool inside = row + at.lane < at.end;
-        const Group group = finish_group(w, groups[u]);
+        const Group group = finish_group(w, loads[u].group);
         const float shift =
             fmaf(group.scale, static_cast<float>(1 << (BITS - 1)) - group.zero, group.offset);
 #pragma unroll
@@ -212,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, exact_blocks(BITS, M))
 #pragma unroll
       for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
         uint32_t low[8], high[8];
-        pair_rows<BITS>(codes[u].rows[4 * j], codes[u].rows[4 * j + 1], low);
-        pair_rows<BITS>(codes[u].rows[4 * j + 2], codes[u].rows[4 * j + 3], high);
+        pair_rows<BITS>(loads[u].rows[4 * j], loads[u].rows[4 * j + 1], low);
+        pair_rows<BITS>(loads[u].rows[4 * j + 2], loads[u].rows[4 * j + 3], high);
 #pragma unroll
         for (int l = 0; l < kLimbs; ++l) {
           const uint32_t b0 = j == 0 ? b[l].x : b[l].z;
@@ -255,9 +307,10 @@ __global__ void __launch_bounds__(kThreads, exact_blocks(BITS, M))
 
 // Grid (tiles of K, splits of N). TILES: of 8 input rows.
 template <typename T, int BITS, int TILES>
-__global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
+__global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
     transposed_rounded_kernel(const TransposedParams p) {
   constexpr int kAhead = 2;  // steps in flight
+  constexpr bool kEarly = TILES <= 4;  // registers allow to load inputs as early as codes
   const QuantizedWeight& w = p.w;
   const Place at = place_of<BITS>(p);
   __shared__ __align__(16) float2 all_scales[kTransposedWarps][2][32];  // (factor, shift)
@@ -268,16 +321,25 @@ __global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
 #endif
   if (at.k - at.g * 8 >= w.in_features) return;
 
-  StepCodes<BITS> codes[kAhead];
-  RawGroup groups[kAhead];
+  Walk<BITS> walk(p, at);
+  StepLoads<BITS> loads[kAhead];
+  uint4 b[kEarly ? kAhead : 1][TILES];  // whole: rows of inputs are a multiple of eight long
   const T* x[TILES];  // of the lane's input row
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
     x[i] = static_cast<const T*>(p.x) + min(i * 8 + at.g, p.m - 1) * p.x_stride + at.t * 8;
   }
-  const auto fetch = [&](int64_t row, int u) {
-    codes[u].load(p, at, row);
-    groups[u] = load_group(w, min(row + at.lane, at.end - 1), at.group);
+  const auto fetch_inputs = [&](int row, int u) {
+    const bool inside = row + at.t * 8 < at.end;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      b[u][i] = make_uint4(0, 0, 0, 0);
+      if (inside) b[u][i] = __ldg(reinterpret_cast<const uint4*>(x[i] + row));
+    }
+  };
+  const auto fetch = [&](int row, int u) {
+    walk.load(row, loads[u]);
+    if (kEarly) fetch_inputs(row, u);
   };
   float acc[TILES][4][4] = {};
   int buffer = 0;
@@ -285,20 +347,14 @@ __global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
   for (int u = 0; u < kAhead; ++u) {
     if (at.begin + u * kTransposedStep < at.end) fetch(at.begin + u * kTransposedStep, u);
   }
-  for (int64_t base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
+  for (int base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const int64_t row = base + u * kTransposedStep;
+      const int row = base + u * kTransposedStep;
       if (row >= at.end) break;
-      uint4 b[TILES];  // whole: rows of inputs are a multiple of eight long
-      const bool inside = row + at.t * 8 < at.end;
-#pragma unroll
-      for (int i = 0; i < TILES; ++i) {
-        b[i] = make_uint4(0, 0, 0, 0);
-        if (inside) b[i] = __ldg(reinterpret_cast<const uint4*>(x[i] + row));
-      }
+      if (!kEarly) fetch_inputs(row, 0);
       // Zeros where there is no row, so that zero inputs meet finite numbers.
-      scales[buffer][at.lane] = row + at.lane < at.end ? element_scale<BITS>(w, groups[u])
+      scales[buffer][at.lane] = row + at.lane < at.end ? element_scale<BITS>(w, loads[u].group)
                                                        : make_float2(0.0f, 0.0f);
       __syncwarp();
       const float2* shared = &scales[buffer][at.t * 8];
@@ -311,8 +367,8 @@ __global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
           const int first = 4 * j + 2 * h;
           const float4 scale = *reinterpret_cast<const float4*>(shared + first);
           float low[8], high[8];
-          codes[u].rows[first].elements(low);
-          codes[u].rows[first + 1].elements(high);
+          loads[u].rows[first].elements(low);
+          loads[u].rows[first + 1].elements(high);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             a[i / 2][2 * h + i % 2] = pack_pair<T>(fmaf(low[i], scale.x, scale.y),
@@ -321,8 +377,9 @@ __global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-          const uint32_t b0 = j == 0 ? b[tile].x : b[tile].z;
-          const uint32_t b1 = j == 0 ? b[tile].y : b[tile].w;
+          const uint4& v = b[kEarly ? u : 0][tile];
+          const uint32_t b0 = j == 0 ? v.x : v.z;
+          const uint32_t b1 = j == 0 ? v.y : v.w;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, T{});
@@ -352,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, rounded_blocks(TILES))
 template <typename F>
 void dispatch_transposed(const TransposedPlan& plan, Float type, const F& f) {
   const int m = plan.params.m;
-  dispatch_float(type, [&](auto element) {
+  const auto with_type = [&](auto element) {
     using T = decltype(element);
     dispatch_bits(plan.params.w.bits, [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
@@ -361,13 +418,18 @@ void dispatch_transposed(const TransposedPlan& plan, Float type, const F& f) {
           : m == 2 ? transposed_exact_kernel<T, kBits, 2>
           : m <= 4 ? transposed_exact_kernel<T, kBits, 4>
                    : transposed_exact_kernel<T, kBits, 8>);
-      } else if constexpr (sizeof(T) == 2) {
+      } else {
         f(m <= 16   ? transposed_rounded_kernel<T, kBits, 2>
           : m <= 32 ? transposed_rounded_kernel<T, kBits, 4>
                     : transposed_rounded_kernel<T, kBits, 8>);
       }
     });
-  });
+  };
+  if (type == Float::F16) {
+    with_type(__half{});
+  } else {
+    with_type(__nv_bfloat16{});
+  }
 }
 
 }  // namespace
@@ -375,9 +437,10 @@ void dispatch_transposed(const TransposedPlan& plan, Float type, const F& f) {
 bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, Float type,
                      int64_t m, const DeviceInfo& info, TransposedPlan* plan) {
   const int64_t tiles = ceil_div(w.in_features, int64_t{kTransposedSpan} * kTransposedWarps);
-  if (info.major < 8 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
-      m > (type == Float::F32 ? kTransposedExact : kTransposedMost) || w.rows < 1 ||
-      tiles < 1 || tiles >= (int64_t{1} << 31)) {
+  // f32's own error bound leaves no room for the cancellation of q - c against the shift.
+  if (info.major < 8 || type == Float::F32 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
+      m > kTransposedMost || w.rows < 1 ||
+      w.rows >= (int64_t{1} << 30) || tiles < 1 || tiles >= (int64_t{1} << 31)) {
     return false;
   }
   // Rounded weights multiply inputs that are loaded eight at a time.
@@ -385,10 +448,7 @@ bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, 
     return false;
   }
   // One wave of blocks, each with a few steps at least.
-  const int per_multiprocessor = m <= kTransposedExact
-                                     ? exact_blocks(w.bits, static_cast<int>(m))
-                                     : rounded_blocks(static_cast<int>(m) <= 16 ? 2 : 8);
-  const int64_t blocks = int64_t{info.multiprocessors} * per_multiprocessor;
+  const int64_t blocks = int64_t{info.multiprocessors} * transposed_blocks(static_cast<int>(m));
   const int64_t wanted = std::max<int64_t>(1, blocks / tiles);
   const int64_t steps = ceil_div(w.rows, int64_t{kTransposedStep});
   const int64_t split_steps = std::max<int64_t>(std::min<int64_t>(4, steps),
@@ -402,7 +462,7 @@ bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, 
                                   nullptr,
                                   group_shift(w),
                                   static_cast<int>(m),
-                                  split_steps * kTransposedStep,
+                                  static_cast<int>(split_steps * kTransposedStep),
                                   aligned(w.codes, w.bits) && w.codes_stride % w.bits == 0};
   return plan->splits <= 65535;
 }

@@ -18,7 +18,7 @@ struct TransposedParams {
   float* partial;  // [splits, m, K]
   int shift;       // of group sizes
   int m;
-  int64_t split_rows;
+  int split_rows;
   bool aligned;  // eight codes are one load
 };
 
