@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       inputs[u][m] = *from;
-      if (m + 1 < p.m) from += p.x_stride;
+      from += m + 1 < p.m ? p.x_stride : 0;
     }
   };
   float acc[4][4] = {};
@@ -305,90 +305,104 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
   }
 }
 
-// Grid (tiles of K, splits of N). TILES: of 8 input rows.
+// Grid (tiles of K, splits of N). TILES: of 8 input rows. The warps of a block share its inputs.
 template <typename T, int BITS, int TILES>
 __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
     transposed_rounded_kernel(const TransposedParams p) {
-  constexpr int kAhead = 2;  // steps in flight
-  constexpr bool kEarly = TILES <= 4;  // registers allow to load inputs as early as codes
+  constexpr int kAhead = 2;   // steps whose codes are in flight
+  constexpr int kStages = 4;  // steps of inputs in shared memory
   const QuantizedWeight& w = p.w;
   const Place at = place_of<BITS>(p);
   __shared__ __align__(16) float2 all_scales[kTransposedWarps][2][32];  // (factor, shift)
+  __shared__ __align__(128) T inputs[kStages][TILES * 8][kTransposedStep];
   auto& scales = all_scales[at.warp];
 #if defined(MKRS_SM90)
   wait_for_previous();
   let_next_start();
 #endif
-  if (at.k - at.g * 8 >= w.in_features) return;
-
+  // 16 bytes of a thread's are whole or none: rows of inputs are a multiple of eight long. Input
+  // rows past the last are the last one again, and not stored.
+  const int copy_row = threadIdx.x / 4;
+  const T* source = static_cast<const T*>(p.x) + min(copy_row, p.m - 1) * p.x_stride +
+                    at.begin + threadIdx.x % 4 * 8;
+  const int source_end = at.end - threadIdx.x % 4 * 8;
+  int copied = at.begin;  // rows of weights whose inputs are asked for
+  int copy_stage = 0;
+  const auto copy = [&] {
+    if (copied < at.end && copy_row < TILES * 8) {
+      const bool inside = copied < source_end;
+      copy_async(shared_address(&inputs[copy_stage][copy_row][threadIdx.x % 4 * 8]),
+                 reinterpret_cast<const char*>(inside ? source : static_cast<const T*>(p.x)), 16,
+                 inside ? 16 : 0);
+    }
+    copy_async_commit();
+    copied += kTransposedStep;
+    source += kTransposedStep;
+    copy_stage = (copy_stage + 1) % kStages;
+  };
+  const bool active = at.k - at.g * 8 < w.in_features;
   Walk<BITS> walk(p, at);
   StepLoads<BITS> loads[kAhead];
-  uint4 b[kEarly ? kAhead : 1][TILES];  // whole: rows of inputs are a multiple of eight long
-  const T* x[TILES];  // of the lane's input row
-#pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    x[i] = static_cast<const T*>(p.x) + min(i * 8 + at.g, p.m - 1) * p.x_stride + at.t * 8;
-  }
-  const auto fetch_inputs = [&](int row, int u) {
-    const bool inside = row + at.t * 8 < at.end;
-#pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      b[u][i] = make_uint4(0, 0, 0, 0);
-      if (inside) b[u][i] = __ldg(reinterpret_cast<const uint4*>(x[i] + row));
-    }
-  };
-  const auto fetch = [&](int row, int u) {
-    walk.load(row, loads[u]);
-    if (kEarly) fetch_inputs(row, u);
-  };
-  float acc[TILES][4][4] = {};
-  int buffer = 0;
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
-    if (at.begin + u * kTransposedStep < at.end) fetch(at.begin + u * kTransposedStep, u);
+    const int row = at.begin + u * kTransposedStep;
+    if (active && row < at.end) walk.load(row, loads[u]);
   }
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy();
+  float acc[TILES][4][4] = {};
+  int buffer = 0;
+  int stage = 0;
   for (int base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int row = base + u * kTransposedStep;
       if (row >= at.end) break;
-      if (!kEarly) fetch_inputs(row, 0);
-      // Zeros where there is no row, so that zero inputs meet finite numbers.
-      scales[buffer][at.lane] = row + at.lane < at.end ? element_scale<BITS>(w, loads[u].group)
-                                                       : make_float2(0.0f, 0.0f);
-      __syncwarp();
-      const float2* shared = &scales[buffer][at.t * 8];
-      buffer ^= 1;
+      copy_async_wait<kStages - 2>();
+      __syncthreads();  // this step's inputs are there, and nobody reads the last step's any more
+      copy();
+      if (active) {
+        // Zeros where there is no row, so that zero inputs meet finite numbers.
+        scales[buffer][at.lane] = row + at.lane < at.end
+                                      ? element_scale<BITS>(w, loads[u].group)
+                                      : make_float2(0.0f, 0.0f);
+        __syncwarp();
+        const float2* shared_scales = &scales[buffer][at.t * 8];
+        const T* b = &inputs[stage][at.g][at.t * 8];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
-        uint32_t a[4][4];
+        for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
+          uint32_t a[4][4];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int first = 4 * j + 2 * h;
-          const float4 scale = *reinterpret_cast<const float4*>(shared + first);
-          float low[8], high[8];
-          loads[u].rows[first].elements(low);
-          loads[u].rows[first + 1].elements(high);
+          for (int h = 0; h < 2; ++h) {
+            const int first = 4 * j + 2 * h;
+            const float4 scale = *reinterpret_cast<const float4*>(shared_scales + first);
+            float low[8], high[8];
+            loads[u].rows[first].elements(low);
+            loads[u].rows[first + 1].elements(high);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            a[i / 2][2 * h + i % 2] = pack_pair<T>(fmaf(low[i], scale.x, scale.y),
-                                                   fmaf(high[i], scale.z, scale.w));
+            for (int i = 0; i < 8; ++i) {
+              a[i / 2][2 * h + i % 2] = pack_pair<T>(fmaf(low[i], scale.x, scale.y),
+                                                     fmaf(high[i], scale.z, scale.w));
+            }
+          }
+#pragma unroll
+          for (int tile = 0; tile < TILES; ++tile) {
+            const uint2 v =
+                *reinterpret_cast<const uint2*>(b + tile * 8 * kTransposedStep + 4 * j);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], v.x, v.y, T{});
+            }
           }
         }
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-          const uint4& v = b[kEarly ? u : 0][tile];
-          const uint32_t b0 = j == 0 ? v.x : v.z;
-          const uint32_t b1 = j == 0 ? v.y : v.w;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1, T{});
-          }
-        }
+        const int next = row + kAhead * kTransposedStep;
+        if (next < at.end) walk.load(next, loads[u]);
       }
-      if (row + kAhead * kTransposedStep < at.end) fetch(row + kAhead * kTransposedStep, u);
+      buffer ^= 1;
+      stage = (stage + 1) % kStages;
     }
   }
+  if (!active) return;
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
