@@ -39,24 +39,14 @@ struct EightCodes {
   static constexpr int kWords = BITS == 8 ? 2 : 1;
   uint32_t words[kWords];
 
-  // `vector`: eight codes are there and aligned; else the first `bytes` bytes, then zeros.
-  __device__ __forceinline__ void load(const uint8_t* p, bool vector, int bytes) {
-    if (vector) {
-      if constexpr (BITS == 8) {
-        const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
-        words[0] = v.x, words[1] = v.y;
-      } else if constexpr (BITS == 4) {
-        words[0] = __ldg(reinterpret_cast<const uint32_t*>(p));
-      } else {
-        words[0] = __ldg(reinterpret_cast<const unsigned short*>(p));
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = 0;
-#pragma unroll
-    for (int i = 0; i < BITS; ++i) {
-      if (i < bytes) words[i / 4] |= static_cast<uint32_t>(__ldg(p + i)) << (i % 4 * 8);
+  __device__ __forceinline__ void read(const unsigned char* p) {
+    if constexpr (BITS == 8) {
+      const uint2 v = *reinterpret_cast<const uint2*>(p);
+      words[0] = v.x, words[1] = v.y;
+    } else if constexpr (BITS == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(p);
+    } else {
+      words[0] = *reinterpret_cast<const unsigned short*>(p);
     }
   }
 

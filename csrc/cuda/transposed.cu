@@ -38,8 +38,6 @@ struct Place {
   int64_t k;  // the first of the lane's eight columns
   int64_t group;
   int begin, end;  // rows
-  int bytes;           // of codes, of the lane's columns
-  bool vector;
 };
 
 template <int BITS>
@@ -55,24 +53,26 @@ __device__ __forceinline__ Place place_of(const TransposedParams& p) {
   at.group = first >> p.shift;
   at.begin = blockIdx.y * p.split_rows;
   at.end = static_cast<int>(min(p.w.rows, static_cast<int64_t>(at.begin) + p.split_rows));
-  const int64_t left = min(int64_t{8}, p.w.in_features - at.k);
-  at.bytes = left > 0 ? static_cast<int>(left * BITS + 7) / 8 : 0;
-  at.vector = p.aligned && left == 8;
   return at;
 }
 
-// What a lane loads of a step: the codes of its columns in rows 8t to 8t + 7, and scale and zero of
-// one row, its own. Rows past the end are the last one again; what multiplies them is zero.
+// The codes of a step lie in a slot of the warp's ring, 32 rows of BITS / 2 pieces of 16 bytes. Every
+// eight rows are followed by padding, since lanes of different t read rows eight apart.
 template <int BITS>
-struct StepLoads {
-  EightCodes<BITS> rows[8];
-  RawGroup group;
-};
+constexpr int kRowBytes = kTransposedSpan * BITS / 8;
+template <int BITS>
+constexpr int kPadding = BITS == 2 ? 16 : 32;
+template <int BITS>
+constexpr int kSlotBytes = kTransposedStep * kRowBytes<BITS> + 4 * kPadding<BITS>;
+constexpr int kStages = 4;
 
+// Down the rows of a block, a step after the other: codes by asynchronous copies into the ring,
+// whose waits are in order, and scale and zero of one row a lane, its own, into registers.
 template <int BITS>
-class Walk {  // down the rows of a block
+class Walk {
  public:
-  __device__ __forceinline__ Walk(const TransposedParams& p, const Place& at) : p_(p), at_(at) {
+  __device__ __forceinline__ Walk(const TransposedParams& p, const Place& at, uint32_t ring)
+      : p_(p), at_(at), ring_(ring) {
     const QuantizedWeight& w = p.w;
     wide_ = w.scale_type == Float::F32;
     zero_bytes_ = w.scheme == Scheme::Symmetric    ? 0
@@ -81,62 +81,83 @@ class Walk {  // down the rows of a block
                                                    : 2;
     const int scale_bytes = wide_ ? 4 : 2;
     const int64_t row = at.begin + at.lane;
-    codes_ = w.codes + int64_t{at.begin + at.t * 8} * w.codes_stride + at.k * BITS / 8;
     scale_ = static_cast<const char*>(w.scale) + (row * w.scale_stride + at.group) * scale_bytes;
     zero_ = static_cast<const char*>(w.zero) + (row * w.zero_stride + at.group) * zero_bytes_;
-    code_step_ = kTransposedStep * w.codes_stride;
     scale_step_ = kTransposedStep * w.scale_stride * scale_bytes;
     zero_step_ = kTransposedStep * w.zero_stride * zero_bytes_;
+    row_ = at.begin + at.lane / kPieces;
+    const int64_t byte = (at.k - at.g * 8) * BITS / 8 + at.lane % kPieces * 16;
+    codes_ = w.codes + row_ * w.codes_stride + byte;
+    const int64_t left = (w.in_features * BITS + 7) / 8 - byte;
+    valid_ = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
+    if (valid_ == 0) codes_ -= byte;  // nothing is read, but from a legal address
   }
 
-  // The steps in order, one after the other.
-  __device__ __forceinline__ void load(int row, StepLoads<BITS>& to) {
-    if (row + kTransposedStep <= at_.end) {
-      if (at_.vector) {
-        const uint8_t* from = codes_;
+  // Copies of the next step; without it past the end.
+  __device__ __forceinline__ void ask() {
+    if (row_ - at_.lane / kPieces < at_.end) {
+      const uint8_t* from = codes_;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          to.rows[i].load(from, true, BITS);
-          from += p_.w.codes_stride;
-        }
-      } else {
-        ragged_codes(row, to);
+      for (int i = 0; i < kPieces; ++i) {
+        const int row = at_.lane / kPieces + i * (32 / kPieces);
+        const uint32_t to = ring_ + slot_ * kSlotBytes<BITS> + row * kRowBytes<BITS> +
+                            row / 8 * kPadding<BITS> + at_.lane % kPieces * 16;
+        // Rows past the end become zeros, and so does what multiplies them.
+        const bool inside = row_ + i * (32 / kPieces) < at_.end;
+        copy_async(to, reinterpret_cast<const char*>(inside ? from : codes_base()), 16,
+                   inside ? valid_ : 0);
+        from += 32 / kPieces * p_.w.codes_stride;
       }
-      to.group.scale = wide_ ? __ldg(reinterpret_cast<const uint32_t*>(scale_))
-                             : __ldg(reinterpret_cast<const unsigned short*>(scale_));
-      to.group.zero = zero_bytes_ == 0   ? 0
-                      : zero_bytes_ == 2 ? __ldg(reinterpret_cast<const unsigned short*>(zero_))
-                      : zero_bytes_ == 1 ? __ldg(reinterpret_cast<const uint8_t*>(zero_))
-                                         : __ldg(reinterpret_cast<const uint32_t*>(zero_));
-    } else {
-      ragged_codes(row, to);
-      to.group = load_group(p_.w, min(row + at_.lane, at_.end - 1), at_.group);
     }
-    codes_ += code_step_;
+    codes_ += kTransposedStep * p_.w.codes_stride;
+    row_ += kTransposedStep;
+    slot_ = (slot_ + 1) % kStages;
+  }
+
+  // The next step's, in order too.
+  __device__ __forceinline__ RawGroup load_group_of(int row) {
+    RawGroup group{0, 0};
+    if (row + at_.lane < at_.end) {
+      group.scale = wide_ ? __ldg(reinterpret_cast<const uint32_t*>(scale_))
+                          : __ldg(reinterpret_cast<const unsigned short*>(scale_));
+      if (zero_bytes_ == 2) {
+        group.zero = __ldg(reinterpret_cast<const unsigned short*>(zero_));
+      } else if (zero_bytes_ == 1) {
+        group.zero = __ldg(reinterpret_cast<const uint8_t*>(zero_));
+      } else if (zero_bytes_ == 4) {
+        group.zero = __ldg(reinterpret_cast<const uint32_t*>(zero_));
+      }
+    }
     scale_ += scale_step_;
     zero_ += zero_step_;
+    return group;
+  }
+
+  // The lane's columns of rows 8t to 8t + 7 of the oldest step; it is complete.
+  __device__ __forceinline__ void read(const unsigned char* ring, EightCodes<BITS> (&rows)[8]) {
+    const unsigned char* from = ring + read_slot_ * kSlotBytes<BITS> +
+                                at_.t * (8 * kRowBytes<BITS> + kPadding<BITS>) + at_.g * BITS;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) rows[i].read(from + i * kRowBytes<BITS>);
+    read_slot_ = (read_slot_ + 1) % kStages;
   }
 
  private:
-  __device__ __forceinline__ void ragged_codes(int row, StepLoads<BITS>& to) {
-#pragma unroll 1
-    for (int i = 0; i < 8; ++i) {
-      const int64_t n = min(row + at_.t * 8 + i, at_.end - 1);
-      EightCodes<BITS> codes;
-      codes.load(p_.w.codes + n * p_.w.codes_stride + at_.k * BITS / 8, at_.vector, at_.bytes);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (j == i) to.rows[j] = codes;
-      }
-    }
-  }
+  static constexpr int kPieces = BITS / 2;  // of 16 bytes, of a row, and of a lane
+
+  __device__ __forceinline__ const uint8_t* codes_base() const { return p_.w.codes; }
 
   const TransposedParams& p_;
   const Place& at_;
   const uint8_t* codes_;
   const char* scale_;
   const char* zero_;
-  int64_t code_step_, scale_step_, zero_step_;
+  int64_t scale_step_, zero_step_;
+  uint32_t ring_;
+  int row_;  // of the lane's first piece of the next step
+  int slot_ = 0;
+  int read_slot_ = 0;
+  int valid_;
   int zero_bytes_;
   bool wide_;
 };
@@ -195,11 +216,13 @@ __device__ __forceinline__ void store_partial(const TransposedParams& p, const P
 template <typename T, int BITS, int M>
 __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
     transposed_exact_kernel(const TransposedParams p) {
-  constexpr int kAhead = 2;  // steps in flight
+  constexpr int kAhead = 2;  // steps of scales and inputs in registers
   const QuantizedWeight& w = p.w;
   const Place at = place_of<BITS>(p);
   // [buffer][limb][input row][weight row of the step], a warp each.
   __shared__ __align__(16) unsigned short all_limbs[kTransposedWarps][2][kLimbs][8][32];
+  extern __shared__ __align__(128) unsigned char rings[];
+  const unsigned char* ring = rings + at.warp * (kStages * kSlotBytes<BITS>);
   auto& limbs = all_limbs[at.warp];
   for (unsigned i = at.lane; i < sizeof(limbs) / 16; i += 32) {
     reinterpret_cast<uint4*>(&limbs)[i] = make_uint4(0, 0, 0, 0);
@@ -211,12 +234,12 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
 #endif
   if (at.k - at.g * 8 >= w.in_features) return;
 
-  Walk<BITS> walk(p, at);
-  StepLoads<BITS> loads[kAhead];
+  Walk<BITS> walk(p, at, shared_address(ring));
+  RawGroup groups[kAhead];
   T inputs[kAhead][M];
   const T* x = static_cast<const T*>(p.x);
   const auto fetch = [&](int row, int u) {
-    walk.load(row, loads[u]);
+    groups[u] = walk.load_group_of(row);
     const T* from = x + min(row + at.lane, at.end - 1);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -224,6 +247,11 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
       from += m + 1 < p.m ? p.x_stride : 0;
     }
   };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    walk.ask();
+    copy_async_commit();
+  }
   float acc[4][4] = {};
   float sums[M] = {};
   int buffer = 0;
@@ -238,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
       if (row >= at.end) break;
       {
         const bool inside = row + at.lane < at.end;
-        const Group group = finish_group(w, loads[u].group);
+        const Group group = finish_group(w, groups[u]);
         const float shift =
             fmaf(group.scale, static_cast<float>(1 << (BITS - 1)) - group.zero, group.offset);
 #pragma unroll
@@ -254,7 +282,13 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
           }
         }
       }
-      __syncwarp();
+      copy_async_wait<kStages - 2>();
+      __syncwarp();  // this step is there, and nobody reads the last one any more
+      walk.ask();
+      copy_async_commit();
+      if (row + kAhead * kTransposedStep < at.end) fetch(row + kAhead * kTransposedStep, u);
+      EightCodes<BITS> rows[8];
+      walk.read(ring, rows);
       uint4 b[kLimbs];
 #pragma unroll
       for (int l = 0; l < kLimbs; ++l) {
@@ -264,8 +298,8 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
 #pragma unroll
       for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
         uint32_t low[8], high[8];
-        pair_rows<BITS>(loads[u].rows[4 * j], loads[u].rows[4 * j + 1], low);
-        pair_rows<BITS>(loads[u].rows[4 * j + 2], loads[u].rows[4 * j + 3], high);
+        pair_rows<BITS>(rows[4 * j], rows[4 * j + 1], low);
+        pair_rows<BITS>(rows[4 * j + 2], rows[4 * j + 3], high);
 #pragma unroll
         for (int l = 0; l < kLimbs; ++l) {
           const uint32_t b0 = j == 0 ? b[l].x : b[l].z;
@@ -277,7 +311,6 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
           }
         }
       }
-      if (row + kAhead * kTransposedStep < at.end) fetch(row + kAhead * kTransposedStep, u);
     }
   }
 #pragma unroll
@@ -309,12 +342,13 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
 template <typename T, int BITS, int TILES>
 __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
     transposed_rounded_kernel(const TransposedParams p) {
-  constexpr int kAhead = 2;   // steps whose codes are in flight
-  constexpr int kStages = 4;  // steps of inputs in shared memory
+  constexpr int kAhead = 2;  // steps of scales in registers
   const QuantizedWeight& w = p.w;
   const Place at = place_of<BITS>(p);
   __shared__ __align__(16) float2 all_scales[kTransposedWarps][2][32];  // (factor, shift)
   __shared__ __align__(128) T inputs[kStages][TILES * 8][kTransposedStep];
+  extern __shared__ __align__(128) unsigned char rings[];
+  const unsigned char* ring = rings + at.warp * (kStages * kSlotBytes<BITS>);
   auto& scales = all_scales[at.warp];
 #if defined(MKRS_SM90)
   wait_for_previous();
@@ -328,7 +362,10 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
   const int source_end = at.end - threadIdx.x % 4 * 8;
   int copied = at.begin;  // rows of weights whose inputs are asked for
   int copy_stage = 0;
+  const bool active = at.k - at.g * 8 < w.in_features;
+  Walk<BITS> walk(p, at, shared_address(ring));
   const auto copy = [&] {
+    if (active) walk.ask();
     if (copied < at.end && copy_row < TILES * 8) {
       const bool inside = copied < source_end;
       copy_async(shared_address(&inputs[copy_stage][copy_row][threadIdx.x % 4 * 8]),
@@ -340,13 +377,10 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
     source += kTransposedStep;
     copy_stage = (copy_stage + 1) % kStages;
   };
-  const bool active = at.k - at.g * 8 < w.in_features;
-  Walk<BITS> walk(p, at);
-  StepLoads<BITS> loads[kAhead];
+  RawGroup groups[kAhead];
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
-    const int row = at.begin + u * kTransposedStep;
-    if (active && row < at.end) walk.load(row, loads[u]);
+    if (active) groups[u] = walk.load_group_of(at.begin + u * kTransposedStep);
   }
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy();
@@ -364,9 +398,13 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
       if (active) {
         // Zeros where there is no row, so that zero inputs meet finite numbers.
         scales[buffer][at.lane] = row + at.lane < at.end
-                                      ? element_scale<BITS>(w, loads[u].group)
+                                      ? element_scale<BITS>(w, groups[u])
                                       : make_float2(0.0f, 0.0f);
         __syncwarp();
+        const int next = row + kAhead * kTransposedStep;
+        if (next < at.end) groups[u] = walk.load_group_of(next);
+        EightCodes<BITS> rows[8];
+        walk.read(ring, rows);
         const float2* shared_scales = &scales[buffer][at.t * 8];
         const T* b = &inputs[stage][at.g][at.t * 8];
 #pragma unroll
@@ -377,8 +415,8 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
             const int first = 4 * j + 2 * h;
             const float4 scale = *reinterpret_cast<const float4*>(shared_scales + first);
             float low[8], high[8];
-            loads[u].rows[first].elements(low);
-            loads[u].rows[first + 1].elements(high);
+            rows[first].elements(low);
+            rows[first + 1].elements(high);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
               a[i / 2][2 * h + i % 2] = pack_pair<T>(fmaf(low[i], scale.x, scale.y),
@@ -395,8 +433,6 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
             }
           }
         }
-        const int next = row + kAhead * kTransposedStep;
-        if (next < at.end) walk.load(next, loads[u]);
       }
       buffer ^= 1;
       stage = (stage + 1) % kStages;
@@ -452,7 +488,8 @@ bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, 
                      int64_t m, const DeviceInfo& info, TransposedPlan* plan) {
   const int64_t tiles = ceil_div(w.in_features, int64_t{kTransposedSpan} * kTransposedWarps);
   // f32's own error bound leaves no room for the cancellation of q - c against the shift.
-  if (info.major < 8 || type == Float::F32 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
+  if (info.major < 8 || type == Float::F32 || !aligned(w.codes, 16) || w.codes_stride % 16 != 0 ||
+      w.codes_stride <= 0 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
       m > kTransposedMost || w.rows < 1 ||
       w.rows >= (int64_t{1} << 30) || tiles < 1 || tiles >= (int64_t{1} << 31)) {
     return false;
@@ -476,8 +513,7 @@ bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, 
                                   nullptr,
                                   group_shift(w),
                                   static_cast<int>(m),
-                                  static_cast<int>(split_steps * kTransposedStep),
-                                  aligned(w.codes, w.bits) && w.codes_stride % w.bits == 0};
+                                  static_cast<int>(split_steps * kTransposedStep)};
   return plan->splits <= 65535;
 }
 
@@ -485,10 +521,18 @@ void launch_transposed(const char* op, const TransposedPlan& plan, Float type,
                        cudaStream_t stream) {
   const dim3 grid(plan.tiles, plan.splits);
   dispatch_transposed(plan, type, [&](auto kernel) {
+    const int bits = plan.params.w.bits;
+    const int slot_bytes = bits == 8   ? kSlotBytes<8>
+                           : bits == 4 ? kSlotBytes<4>
+                                       : kSlotBytes<2>;
+    const int shared_bytes = kTransposedWarps * kStages * slot_bytes;
+    check_cuda(
+        op, "asking for shared memory",
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     if (plan.overlapped) {
-      launch_overlapped(op, kernel, grid, kThreads, 0, dim3(1), stream, plan.params);
+      launch_overlapped(op, kernel, grid, kThreads, shared_bytes, dim3(1), stream, plan.params);
     } else {
-      kernel<<<grid, kThreads, 0, stream>>>(plan.params);
+      kernel<<<grid, kThreads, shared_bytes, stream>>>(plan.params);
       check_launch(op);
     }
   });

@@ -19,7 +19,6 @@ struct TransposedParams {
   int shift;       // of group sizes
   int m;
   int split_rows;
-  bool aligned;  // eight codes are one load
 };
 
 struct TransposedPlan {
