@@ -22,7 +22,7 @@ constexpr int kMostRows = 4;  // input rows of one pass
 constexpr int kBlocksPerSm = 2;
 // Above this many passes the dense route is faster (measured on an H100).
 constexpr int kMostPasses = 2;
-constexpr int kMostTransposedPasses = 3;
+constexpr int kMostTransposedPasses = 1;
 
 // Codes become floats by placing them high in the mantissa of a constant: element() is
 // (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in

@@ -8,7 +8,9 @@ namespace mkrs::cuda {
 
 // What code elements are: (q + kElementBias) / kElementFactor, exactly.
 template <int BITS>
-constexpr float kElementBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
+constexpr float kElementBias = BITS == 8   ? 0.0f
+                               : BITS == 4 ? 16.0f
+                                           : 4.0f;
 template <int BITS>
 constexpr float kElementFactor = BITS == 8 ? 1.0f : 2.0f;
 

@@ -6,12 +6,15 @@ namespace {
 constexpr int kMostStages = 4;
 // Bytes in flight that keep the memory busy; more only keep everybody's loads waiting.
 constexpr int kRingBytes = 96 * 1024;
+constexpr int kLightRingBytes = 64 * 1024;  // of two blocks of a multiprocessor
+constexpr int kLightUnits = 24;             // of a multiprocessor
 
 // The most stages that fit.
 template <int BITS, int RUN, int COLS, int WARPS>
 bool fit_stream(int limit, StreamParams* p) {
   for (p->stages = kMostStages; p->stages >= 2; --p->stages) {
-    if (p->stages > 2 && WARPS * p->stages * kStreamUnitBytes<BITS> > kRingBytes) continue;
+    const int most = stream_is_light(COLS, WARPS) ? kLightRingBytes : kRingBytes;
+    if (p->stages > 2 && WARPS * p->stages * kStreamUnitBytes<BITS> > most) continue;
     if (stream_layout<BITS, RUN, COLS, WARPS>(*p).total <= limit) return true;
   }
   return false;
@@ -43,6 +46,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
   p.x_aligned = aligned(call.x, 16) && call.x_stride % 8 == 0;
   const int run = run_of(w.group_size, w.groups);
   plan->multiprocessors = info.multiprocessors;
+  plan->light = chunks * tiles <= int64_t{kLightUnits} * info.multiprocessors;
   plan->shared_per_block = info.shared_per_block;
 
   // Scales that two lanes share a row of: can asynchronous copies bring a lane's half?
@@ -71,7 +75,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
     bool found = false;
     dispatch_bits(w.bits, [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
-      dispatch_stream<kBits>(run, p.m, [&](auto variant) {
+      dispatch_stream<kBits>(run, p.m, plan->light, [&](auto variant) {
         using V = decltype(variant);
         found = fit_stream<kBits, V::kRun, V::kColumns, V::kWarps>(info.shared_per_block, &p);
       });

@@ -24,9 +24,9 @@ struct StreamParams {
   int tiles;         // of kStreamTile weight rows
   int block_tiles;   // of a block at least; of the first larger_blocks one more
   int larger_blocks;
-  int stages;        // units of each warp's ring: 2, 3 or 4
-  int total_tiles;   // most tiles of a block, where K is split over a cluster
-  int x_row;         // elements from one staged input row to the next
+  int stages;       // units of each warp's ring: 2, 3 or 4
+  int total_tiles;  // most tiles of a block, where K is split over a cluster
+  int x_row;        // elements from one staged input row to the next
   bool x_aligned;
   // Scales copied with the codes: bytes of a lane (all zero: loaded a unit ahead instead, for
   // layouts that asynchronous copies cannot take), and log2 of runs in a group.
@@ -39,6 +39,7 @@ struct StreamParams {
 struct StreamPlan {
   StreamParams params;
   int splits;  // of K, over the blocks of a cluster
+  bool light;  // little work for each multiprocessor
   int multiprocessors;
   int shared_per_block;
 };

@@ -56,8 +56,8 @@ __device__ __forceinline__ Place place_of(const TransposedParams& p) {
   return at;
 }
 
-// The codes of a step lie in a slot of the warp's ring, 32 rows of BITS / 2 pieces of 16 bytes. Every
-// eight rows are followed by padding, since lanes of different t read rows eight apart.
+// The codes of a step lie in a slot of the warp's ring, 32 rows of BITS / 2 pieces of 16 bytes.
+// Every eight rows are followed by padding, since lanes of different t read rows eight apart.
 template <int BITS>
 constexpr int kRowBytes = kTransposedSpan * BITS / 8;
 template <int BITS>
@@ -136,7 +136,7 @@ class Walk {
   // The lane's columns of rows 8t to 8t + 7 of the oldest step; it is complete.
   __device__ __forceinline__ void read(const unsigned char* ring, EightCodes<BITS> (&rows)[8]) {
     const unsigned char* from = ring + read_slot_ * kSlotBytes<BITS> +
-                                at_.t * (8 * kRowBytes<BITS> + kPadding<BITS>) + at_.g * BITS;
+                                at_.t * (8 * kRowBytes<BITS> + kPadding<BITS>)+at_.g * BITS;
 #pragma unroll
     for (int i = 0; i < 8; ++i) rows[i].read(from + i * kRowBytes<BITS>);
     read_slot_ = (read_slot_ + 1) % kStages;
@@ -357,8 +357,8 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
   // 16 bytes of a thread's are whole or none: rows of inputs are a multiple of eight long. Input
   // rows past the last are the last one again, and not stored.
   const int copy_row = threadIdx.x / 4;
-  const T* source = static_cast<const T*>(p.x) + min(copy_row, p.m - 1) * p.x_stride +
-                    at.begin + threadIdx.x % 4 * 8;
+  const T* source = static_cast<const T*>(p.x) + min(copy_row, p.m - 1) * p.x_stride + at.begin +
+                    threadIdx.x % 4 * 8;
   const int source_end = at.end - threadIdx.x % 4 * 8;
   int copied = at.begin;  // rows of weights whose inputs are asked for
   int copy_stage = 0;
@@ -397,9 +397,8 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
       copy();
       if (active) {
         // Zeros where there is no row, so that zero inputs meet finite numbers.
-        scales[buffer][at.lane] = row + at.lane < at.end
-                                      ? element_scale<BITS>(w, groups[u])
-                                      : make_float2(0.0f, 0.0f);
+        scales[buffer][at.lane] =
+            row + at.lane < at.end ? element_scale<BITS>(w, groups[u]) : make_float2(0.0f, 0.0f);
         __syncwarp();
         const int next = row + kAhead * kTransposedStep;
         if (next < at.end) groups[u] = walk.load_group_of(next);
@@ -419,14 +418,13 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
             rows[first + 1].elements(high);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-              a[i / 2][2 * h + i % 2] = pack_pair<T>(fmaf(low[i], scale.x, scale.y),
-                                                     fmaf(high[i], scale.z, scale.w));
+              a[i / 2][2 * h + i % 2] =
+                  pack_pair<T>(fmaf(low[i], scale.x, scale.y), fmaf(high[i], scale.z, scale.w));
             }
           }
 #pragma unroll
           for (int tile = 0; tile < TILES; ++tile) {
-            const uint2 v =
-                *reinterpret_cast<const uint2*>(b + tile * 8 * kTransposedStep + 4 * j);
+            const uint2 v = *reinterpret_cast<const uint2*>(b + tile * 8 * kTransposedStep + 4 * j);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], v.x, v.y, T{});
@@ -490,8 +488,8 @@ bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, 
   // f32's own error bound leaves no room for the cancellation of q - c against the shift.
   if (info.major < 8 || type == Float::F32 || !aligned(w.codes, 16) || w.codes_stride % 16 != 0 ||
       w.codes_stride <= 0 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
-      m > kTransposedMost || w.rows < 1 ||
-      w.rows >= (int64_t{1} << 30) || tiles < 1 || tiles >= (int64_t{1} << 31)) {
+      m > kTransposedMost || w.rows < 1 || w.rows >= (int64_t{1} << 30) || tiles < 1 ||
+      tiles >= (int64_t{1} << 31)) {
     return false;
   }
   // Rounded weights multiply inputs that are loaded eight at a time.
@@ -502,8 +500,8 @@ bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, 
   const int64_t blocks = int64_t{info.multiprocessors} * transposed_blocks(static_cast<int>(m));
   const int64_t wanted = std::max<int64_t>(1, blocks / tiles);
   const int64_t steps = ceil_div(w.rows, int64_t{kTransposedStep});
-  const int64_t split_steps = std::max<int64_t>(std::min<int64_t>(4, steps),
-                                                ceil_div(steps, wanted));
+  const int64_t split_steps =
+      std::max<int64_t>(std::min<int64_t>(4, steps), ceil_div(steps, wanted));
   plan->overlapped = info.major >= 9;
   plan->tiles = static_cast<int>(tiles);
   plan->splits = static_cast<int>(ceil_div(steps, split_steps));
@@ -522,9 +520,7 @@ void launch_transposed(const char* op, const TransposedPlan& plan, Float type,
   const dim3 grid(plan.tiles, plan.splits);
   dispatch_transposed(plan, type, [&](auto kernel) {
     const int bits = plan.params.w.bits;
-    const int slot_bytes = bits == 8   ? kSlotBytes<8>
-                           : bits == 4 ? kSlotBytes<4>
-                                       : kSlotBytes<2>;
+    const int slot_bytes = bits == 8 ? kSlotBytes<8> : bits == 4 ? kSlotBytes<4> : kSlotBytes<2>;
     const int shared_bytes = kTransposedWarps * kStages * slot_bytes;
     check_cuda(
         op, "asking for shared memory",

@@ -5,11 +5,11 @@
 
 namespace mkrs::cuda {
 
-constexpr int kTransposedSpan = 64;   // columns of a warp: never more than one group
-constexpr int kTransposedWarps = 8;   // side by side
-constexpr int kTransposedStep = 32;   // weight rows of a step
-constexpr int kTransposedExact = 8;   // input rows that keep f32's exactness
-constexpr int kTransposedMost = 64;   // input rows of one pass
+constexpr int kTransposedSpan = 64;  // columns of a warp: never more than one group
+constexpr int kTransposedWarps = 8;  // side by side
+constexpr int kTransposedStep = 32;  // weight rows of a step
+constexpr int kTransposedExact = 8;  // input rows that keep f32's exactness
+constexpr int kTransposedMost = 64;  // input rows of one pass
 
 struct TransposedParams {
   QuantizedWeight w;
@@ -23,8 +23,8 @@ struct TransposedParams {
 
 struct TransposedPlan {
   TransposedParams params;
-  int tiles;   // of K
-  int splits;  // of N
+  int tiles;        // of K
+  int splits;       // of N
   bool overlapped;  // the launch, with the kernel before
 };
 
@@ -33,7 +33,6 @@ struct TransposedPlan {
 bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, Float type,
                      int64_t m, const DeviceInfo& info, TransposedPlan* plan);
 
-void launch_transposed(const char* op, const TransposedPlan& plan, Float type,
-                       cudaStream_t stream);
+void launch_transposed(const char* op, const TransposedPlan& plan, Float type, cudaStream_t stream);
 
 }  // namespace mkrs::cuda
