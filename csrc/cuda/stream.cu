@@ -27,7 +27,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
   const int64_t row_bytes = code_bytes(w.in_features, w.bits);
   const int64_t chunks = ceil_div(w.in_features, int64_t{kStreamUnit});
   const int64_t tiles = ceil_div(w.rows, int64_t{kStreamTile});
-  if (info.major < 9 || call.type == Float::F32 || call.m > kStreamRows || row_bytes < 128 ||
+  if (info.major < 9 || call.type == Float::F32 || call.m > stream_rows(w) || row_bytes < 128 ||
       !aligned(w.codes, 16) || w.codes_stride % 16 != 0 || w.codes_stride <= 0 ||
       w.codes_stride >= (int64_t{1} << 36) || w.in_features >= (int64_t{1} << 26) ||
       w.rows >= (int64_t{1} << 30) || chunks * tiles >= (int64_t{1} << 30)) {

@@ -5,7 +5,7 @@
 
 namespace mkrs::cuda {
 
-constexpr int kStreamRows = 8;    // input rows of one pass
+constexpr int kStreamRows = 16;   // most input rows
 constexpr int kStreamTile = 16;   // weight rows of a tile
 constexpr int kStreamUnit = 512;  // k of a unit of work
 constexpr int kStreamBoxBytes = 128 * kStreamTile;
@@ -44,7 +44,12 @@ struct StreamPlan {
   int shared_per_block;
 };
 
-// How a call of at most kStreamRows rows of 16-bit input runs. False when the shape, an alignment
+// Input rows that the kernel takes of a weight.
+constexpr int stream_rows(const QuantizedWeight& w) {
+  return w.bits < 8 && run_of(w.group_size, w.groups) == 4 ? kStreamRows : kStreamRows / 2;
+}
+
+// How a call of at most stream_rows() rows of 16-bit input runs. False when the shape, an alignment
 // or the device is not one that the kernel takes.
 bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* plan);
 

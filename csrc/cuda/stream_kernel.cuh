@@ -36,7 +36,7 @@ constexpr int kStreamAhead = WARPS == kStreamLightWarps ? (BITS == 2 ? 2 : 1)
                              : BITS == 8                ? 2
                                                         : 24 / (2 * BITS);
 
-// COLS: input rows, rounded up to 1, 4 or 8.
+// COLS: input rows, rounded up to 1, 4, 8 or 16.
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 : 1)
     stream_kernel(const StreamParams p) {
@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
   constexpr int kRunBytes = 2 * RUN * BITS;  // of a row
   constexpr int kLaneBytes = kRunBytes / 4;
   constexpr int kLaneWords = (RUN * BITS + 7) / 8;
-  constexpr int kSpread = 8 / COLS;             // runs side by side in the columns
-  constexpr int kChains = kSpread > 1 ? 2 : 1;  // independent sums, against latency
-  constexpr int kPer = kRuns / 2;               // scales that a lane prepares: half a row of a unit
+  constexpr int kColumnTiles = COLS > 8 ? COLS / 8 : 1;
+  constexpr int kSpread = COLS > 8 ? 1 : 8 / COLS;  // runs side by side in the columns
+  constexpr int kChains = kSpread > 1 ? 2 : 1;      // independent sums, against latency
+  constexpr int kPer = kRuns / 2;  // scales that a lane prepares: half a row of a unit
   constexpr int kPitch = kStreamPairPitch<RUN, COLS>;
   constexpr int kThreads = WARPS * 32;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -320,8 +321,8 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
       row * 128 + ((row * 16) ^ (t * kLaneBytes / 16 * 16)) + t * kLaneBytes % 16;
   const int ring_offset = warp * p.stages * kUnitBytes + lane_offset;
   const int my_row = g % COLS;  // input row of this lane's column
-  const int my_run = my_row < p.m ? g / COLS : -1;
   const int x_lane = at.x + (my_row * p.x_row + t * (RUN * 4)) * 2;
+  const int x_eight_rows = 16 * p.x_row;  // bytes
   const int zero_lane = at.zeros + t * (RUN * 8);
   const unsigned char* lane_pairs = pairs + row * kPitch + (COLS < 8 ? 2 * t / COLS : 0) * 8;
   const float* lane_sums = run_sums + 2 * t;
@@ -337,16 +338,18 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
   // Calls f(value, m, row of the tile) for each of the lane's sums.
   const auto each = [&](const auto& from, const auto& f) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = 2 * t + (i & 1);
-      if (column < p.m && column < COLS) f(from[i], column, row + (i / 2) * 8);
+    for (int j = 0; j < 4 * kColumnTiles; ++j) {
+      const int c = j / 4;
+      const int i = j % 4;
+      const int column = 8 * c + 2 * t + (i & 1);
+      if (column < p.m && column < COLS) f(from[c][i], column, row + (i / 2) * 8);
     }
   };
 
   Cursor now = start;
   int slot = 0;  // of the ring
-  float acc[4] = {};
-  float first[4] = {};  // sums of the first tile, which an earlier warp may share
+  float acc[kColumnTiles][4] = {};
+  float first[kColumnTiles][4] = {};  // sums of the first tile, which an earlier warp may share
   for (int done = 0; done < mine; ++done) {
     arrive();
     share(slot);
@@ -354,12 +357,12 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
     if (p.raw_bytes == 0 && done + 1 < mine) fetch();
     const int x_unit = x_lane + now.chunk * (kStreamUnit * 2);
     const float* unit_sums = lane_sums + now.chunk * (kRuns * COLS);
-    float sum[kChains][4];
+    float sum[kColumnTiles][kChains][4];
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       if (r % kSpread == 0) {
 #pragma unroll
-        for (int i = 0; i < kChains * 4; ++i) (&sum[0][0])[i] = 0.0f;
+        for (int i = 0; i < kColumnTiles * kChains * 4; ++i) (&sum[0][0][0])[i] = 0.0f;
       }
       constexpr int kMask = kRunBytes >= 16 ? ~0 : ~15;
       const int run_byte = r % kBoxRuns * kRunBytes;
@@ -374,14 +377,18 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
         load_codes<kLaneBytes>(from, v);
         stream_codes<T, BITS, RUN>(v, a[half]);
       }
-      uint32_t b[RUN * 2];
-      const unsigned char* x =
-          shared + (my_run == r % kSpread ? x_unit : zero_lane) + r * (RUN * 32);
-      load_inputs<RUN>(x, b);
 #pragma unroll
-      for (int j = 0; j < RUN; ++j) {
-        mma(sum[j % kChains], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
-            b[2 * j + 1], kind);
+      for (int c = 0; c < kColumnTiles; ++c) {
+        uint32_t b[RUN * 2];
+        const bool used = my_row + 8 * c < p.m && g / COLS == r % kSpread;
+        const unsigned char* x =
+            shared + (used ? x_unit + c * x_eight_rows : zero_lane) + r * (RUN * 32);
+        load_inputs<RUN>(x, b);
+#pragma unroll
+        for (int j = 0; j < RUN; ++j) {
+          mma(sum[c][j % kChains], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
+              b[2 * j + 1], kind);
+        }
       }
       if (r % kSpread == kSpread - 1) {
         float4 low, high;  // (scale, shift) of columns 2t and 2t + 1
@@ -395,21 +402,25 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
           low = make_float4(l.x, l.y, l.x, l.y);
           high = make_float4(h.x, h.y, h.x, h.y);
         }
-        if constexpr (kChains == 2) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[0][i] += sum[1][i];
-        }
-        acc[0] = fmaf(low.x, sum[0][0], acc[0]);
-        acc[1] = fmaf(low.z, sum[0][1], acc[1]);
-        acc[2] = fmaf(high.x, sum[0][2], acc[2]);
-        acc[3] = fmaf(high.z, sum[0][3], acc[3]);
-        if (shifted) {
-          const float2 ones =
-              *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS);
-          acc[0] = fmaf(low.y, ones.x, acc[0]);
-          acc[1] = fmaf(low.w, ones.y, acc[1]);
-          acc[2] = fmaf(high.y, ones.x, acc[2]);
-          acc[3] = fmaf(high.w, ones.y, acc[3]);
+        for (int c = 0; c < kColumnTiles; ++c) {
+          float (&total)[4] = sum[c][0];
+          if constexpr (kChains == 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += sum[c][1][i];
+          }
+          acc[c][0] = fmaf(low.x, total[0], acc[c][0]);
+          acc[c][1] = fmaf(low.z, total[1], acc[c][1]);
+          acc[c][2] = fmaf(high.x, total[2], acc[c][2]);
+          acc[c][3] = fmaf(high.z, total[3], acc[c][3]);
+          if (shifted) {
+            const float2 ones =
+                *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS + 8 * c);
+            acc[c][0] = fmaf(low.y, ones.x, acc[c][0]);
+            acc[c][1] = fmaf(low.w, ones.y, acc[c][1]);
+            acc[c][2] = fmaf(high.y, ones.x, acc[c][2]);
+            acc[c][3] = fmaf(high.w, ones.y, acc[c][3]);
+          }
         }
       }
     }
@@ -420,14 +431,14 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
     now.advance(0, 1, count);
     if (now.tile != tile || done + 1 == mine) {
       if constexpr (COLS == 1) {
-        acc[0] += acc[1];
-        acc[2] += acc[3];
+        acc[0][0] += acc[0][1];
+        acc[0][2] += acc[0][3];
       }
 #pragma unroll
       for (int offset = 1; offset < 4; offset *= 2) {
         if (COLS <= 2 * offset && COLS < 8) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[i] += __shfl_xor_sync(~0u, acc[i], offset);
+          for (int i = 0; i < 4; ++i) acc[0][i] += __shfl_xor_sync(~0u, acc[0][i], offset);
         }
       }
       const bool is_first = tile == start.tile;
@@ -442,9 +453,9 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
       }
       if (is_first || done + 1 < mine) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (is_first) first[i] = acc[i];
-          acc[i] = 0.0f;
+        for (int i = 0; i < 4 * kColumnTiles; ++i) {
+          if (is_first) first[i / 4][i % 4] = acc[i / 4][i % 4];
+          acc[i / 4][i % 4] = 0.0f;
         }
       }
     }

@@ -39,11 +39,11 @@ __host__ __device__ __forceinline__ StreamLayout stream_layout(const StreamParam
 
 // What a number of input rows runs as. Small groups take fewer variants.
 constexpr int stream_columns(int m, int run) {
-  return run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
+  return m > 8 ? 16 : run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
 }
 // As many warps as leave room for the activations of usual layers.
 constexpr int stream_warps(int bits, int run, int columns) {
-  return run < 4 ? 8 : bits == 8 || columns == 8 ? 10 : 12;
+  return run < 4 ? 8 : bits == 8 || columns >= 8 ? 10 : 12;
 }
 // With few warps the next kernel's block fits beside this one's and gets ready while it works. That
 // pays where a launch is short, and at 8 bits; else more warps do.
@@ -71,6 +71,8 @@ void dispatch_stream(int run, int m, bool light, const F& f) {
       f(StreamVariant<BITS, 4, 1, kStreamLightWarps>{});
     } else if (columns == 4) {
       f(StreamVariant<BITS, 4, 4>{});
+    } else if (columns == 16) {
+      if constexpr (BITS < 8) f(StreamVariant<BITS, 4, 16>{});
     } else {
       f(StreamVariant<BITS, 4, 8>{});
     }
