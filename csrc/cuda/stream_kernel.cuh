@@ -468,11 +468,14 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
   };
   each(first, [&](float value, int m, int r) { slot_of(warp, 0)[m * kStreamTile + r] = value; });
   each(acc, [&](float value, int m, int r) { slot_of(warp, 1)[m * kStreamTile + r] = value; });
-  __shared__ int2 slot_tiles[WARPS];  // whose sums the slots hold: of the block's tiles, or -1
+  // Whose sums the slots hold, of the block's tiles, or -1. Each warp's pairs are idle now as well.
+  const auto slot_tiles = [&](int which) -> int2& {
+    return *reinterpret_cast<int2*>(shared + at.pairs + which * kStreamPairBytes<RUN, COLS>);
+  };
   if (lane == 0) {
     const int low = start.tile - tile_begin;
     const int high = (begin + mine - 1) / count;
-    slot_tiles[warp] = mine > 0 ? make_int2(low, high == low ? -1 : high) : make_int2(-1, -1);
+    slot_tiles(warp) = mine > 0 ? make_int2(low, high == low ? -1 : high) : make_int2(-1, -1);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < tiles * results; i += kThreads) {
@@ -482,7 +485,7 @@ __global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 :
     bool is_shared = false;
 #pragma unroll
     for (int s = 0; s < WARPS; ++s) {  // without branches, so that all of them load at once
-      const int2 held = slot_tiles[s];
+      const int2 held = slot_tiles(s);
       const float part = slot_of(s, held.x == tile ? 0 : 1)[j];
       const bool is_part = held.x == tile || held.y == tile;
       parts[s] = is_part ? part : 0.0f;

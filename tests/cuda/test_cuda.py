@@ -79,6 +79,15 @@ def test_transposed_routes_against_float64(bits, group_size, dtype):
                 assert_within(matmul_t(y, w), expected, transposed_bound(y64, w, expected, dtype))
 
 
+def test_activations_fill_shared_memory():
+    """Long rows: what is staged of them, and over how many blocks, follows from the room."""
+    for k in (6144, 12288, 14336, 20000, 28672):
+        for bits in (8, 4, 2):
+            w = random_weight(200, k, bits, 64, "affine", torch.float16, "cuda")
+            for m in (1, 2, 3, 4, 5, 6, 7, 8, 11, 16):
+                check(torch.randn(m, k, device="cuda", dtype=torch.bfloat16), w)
+
+
 def test_results_do_not_vary():
     """Partial sums are added in a fixed order: every run gives the same bits."""
     w = random_weight(300, 8192, 4, 64, "affine", device="cuda")
