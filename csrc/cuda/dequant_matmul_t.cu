@@ -1,10 +1,11 @@
 // input [m, N] @ W -> [m, K].
 //
+// 16-bit inputs of up to 64 rows go to transposed.cu, many rows through weights dequantized into
+// scratch once to the dense product (its floor). The kernel here serves the rest: f32 inputs, small
+// groups, unaligned codes.
+//
 // Floor for few rows: codes and scales read once over the memory bandwidth. Each lane owns 16
-// columns and walks down the rows with f32 sums, about 3 instructions a weight (half the issue
-// slots of an H100 at 4 bits): the scale belongs to the summed index here, so tensor cores would
-// need rounded products. Floor for many rows: the dense product; the weights are then dequantized
-// into scratch once.
+// columns and walks down the rows with f32 sums, about 3 instructions a weight.
 #include "dequantize_rows.cuh"
 #include "sum_partials.cuh"
 #include "transposed.cuh"

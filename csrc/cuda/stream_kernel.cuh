@@ -5,8 +5,8 @@
 // - Codes and scales stream through private rings of asynchronous copies, a unit of 16 rows x 512 k
 //   at a time, so that no barrier stands between memory and the tensor cores. (The bulk copy engine
 //   was slower: boxes that a warp can own are too small for it, some 200 cycles each.)
-// - Codes become exact integers q - c, the 16-row operand of m16n8k16; activations are its 8
-//   columns. Weights are never rounded: scales and shifts are applied to the f32 sums of runs of k
+// - Codes become exact integers (stream_operands.cuh), the 16-row operand of m16n8k16; activations
+//   are its 8 columns, or the 16 of two products. Weights are never rounded: scales and shifts are applied to the f32 sums of runs of k
 //   inside one group, scale * sum((q - c) x) + shift * sum(x).
 // - With fewer than 8 input rows the spare columns hold other runs: column n carries input row
 //   n % COLS of run n / COLS of a block of 8 / COLS runs, and zeros elsewhere. One product then

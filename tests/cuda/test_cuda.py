@@ -81,10 +81,10 @@ def test_transposed_routes_against_float64(bits, group_size, dtype):
 
 def test_activations_fill_shared_memory():
     """Long rows: what is staged of them, and over how many blocks, follows from the room."""
-    for k in (6144, 12288, 14336, 20000, 28672):
+    for k in (6144, 14336, 28672):
         for bits in (8, 4, 2):
-            w = random_weight(200, k, bits, 64, "affine", torch.float16, "cuda")
-            for m in (1, 2, 3, 4, 5, 6, 7, 8, 11, 16):
+            w = random_weight(40, k, bits, 64, "affine", torch.float16, "cuda")
+            for m in (1, 2, 4, 6, 8, 11, 16):
                 check(torch.randn(m, k, device="cuda", dtype=torch.bfloat16), w)
 
 
