@@ -6,8 +6,9 @@
 //   at a time, so that no barrier stands between memory and the tensor cores. (The bulk copy engine
 //   was slower: boxes that a warp can own are too small for it, some 200 cycles each.)
 // - Codes become exact integers (stream_operands.cuh), the 16-row operand of m16n8k16; activations
-//   are its 8 columns, or the 16 of two products. Weights are never rounded: scales and shifts are applied to the f32 sums of runs of k
-//   inside one group, scale * sum((q - c) x) + shift * sum(x).
+//   are its 8 columns, or the 16 of two products. Weights are never rounded: scales and shifts are
+//   applied to the f32 sums of runs of k inside one group, scale * sum(integer * x) + shift *
+//   sum(x).
 // - With fewer than 8 input rows the spare columns hold other runs: column n carries input row
 //   n % COLS of run n / COLS of a block of 8 / COLS runs, and zeros elsewhere. One product then
 //   still covers 256 weights, but sums are scaled once in 8 / COLS runs, and each lane needs the
@@ -17,8 +18,7 @@
 //   fixed order. Where the activations do not fit into shared memory, or the rows are few, K is
 //   also split over the blocks of a cluster, which add up through distributed shared memory.
 // - The kernel may be launched while the one before it still runs. Until that is complete, nothing
-// is
-//   read but into L2, where codes and scales then wait: every write passes through L2, so that
+//   is read but into L2, where codes and scales then wait: every write passes through L2, so that
 //   what is loaded afterwards cannot be stale.
 #pragma once
 
