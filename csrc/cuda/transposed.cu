@@ -56,44 +56,35 @@ __device__ __forceinline__ Place place_of(const TransposedParams& p) {
   return at;
 }
 
-// A step lies in a slot of the warp's ring: codes as 32 rows of BITS / 2 pieces of 16 bytes, every
-// eight rows followed by padding since lanes of different t read rows eight apart, then the words
-// of memory that hold the rows' scales, then zeros.
+// The codes of a step lie in a slot of the warp's ring, 32 rows of BITS / 2 pieces of 16 bytes.
+// Every eight rows are followed by padding, since lanes of different t read rows eight apart.
 template <int BITS>
 constexpr int kRowBytes = kTransposedSpan * BITS / 8;
 template <int BITS>
 constexpr int kPadding = BITS == 2 ? 16 : 32;
 template <int BITS>
-constexpr int kCodeBytes = kTransposedStep * kRowBytes<BITS> + 4 * kPadding<BITS>;
-template <int BITS>
-constexpr int kSlotBytes = kCodeBytes<BITS> + 2 * kTransposedStep * 4;
+constexpr int kSlotBytes = kTransposedStep * kRowBytes<BITS> + 4 * kPadding<BITS>;
 constexpr int kStages = 4;
 
-// Down the rows of a block, a step after the other, by asynchronous copies into the ring, whose
-// waits are in order.
+// Down the rows of a block, a step after the other: codes by asynchronous copies into the ring,
+// whose waits are in order, and scale and zero of one row a lane, its own, into registers.
 template <int BITS>
 class Walk {
  public:
   __device__ __forceinline__ Walk(const TransposedParams& p, const Place& at, uint32_t ring)
       : p_(p), at_(at), ring_(ring) {
     const QuantizedWeight& w = p.w;
-    const int scale_bytes = w.scale_type == Float::F32 ? 4 : 2;
-    const int zero_bytes = w.scheme == Scheme::Asymmetric ? 1 : scale_bytes;
-    has_zero_ = w.scheme != Scheme::Symmetric;
+    wide_ = w.scale_type == Float::F32;
+    zero_bytes_ = w.scheme == Scheme::Symmetric    ? 0
+                  : w.scheme == Scheme::Asymmetric ? 1
+                  : wide_                          ? 4
+                                                   : 2;
+    const int scale_bytes = wide_ ? 4 : 2;
     const int64_t row = at.begin + at.lane;
-    // Elements stand alone in their rows: each is copied with the word that it lies in.
-    const auto word_of = [](const void* data, int64_t byte, int bytes, int* shift, uint32_t* mask) {
-      const uintptr_t address = reinterpret_cast<uintptr_t>(data) + byte;
-      *shift = static_cast<int>(address % 4) * 8;
-      *mask = ~0u >> (32 - 8 * bytes);
-      return reinterpret_cast<const char*>(address - address % 4);
-    };
-    scale_ = word_of(w.scale, (row * w.scale_stride + at.group) * scale_bytes, scale_bytes,
-                     &scale_shift_, &scale_mask_);
-    zero_ = word_of(w.zero, (row * w.zero_stride + at.group) * zero_bytes, zero_bytes, &zero_shift_,
-                    &zero_mask_);
-    scale_step_ = kTransposedStep * w.scale_stride * scale_bytes;  // a multiple of 32 bytes
-    zero_step_ = kTransposedStep * w.zero_stride * zero_bytes;
+    scale_ = static_cast<const char*>(w.scale) + (row * w.scale_stride + at.group) * scale_bytes;
+    zero_ = static_cast<const char*>(w.zero) + (row * w.zero_stride + at.group) * zero_bytes_;
+    scale_step_ = kTransposedStep * w.scale_stride * scale_bytes;
+    zero_step_ = kTransposedStep * w.zero_stride * zero_bytes_;
     row_ = at.begin + at.lane / kPieces;
     const int64_t byte = (at.k - at.g * 8) * BITS / 8 + at.lane % kPieces * 16;
     codes_ = w.codes + row_ * w.codes_stride + byte;
@@ -117,25 +108,29 @@ class Walk {
                    inside ? valid_ : 0);
         from += 32 / kPieces * p_.w.codes_stride;
       }
-      const uint32_t words = ring_ + slot_ * kSlotBytes<BITS> + kCodeBytes<BITS> + at_.lane * 4;
-      if (row_ - at_.lane / kPieces + at_.lane < at_.end) {
-        copy_async(words, scale_, 4, 4);
-        if (has_zero_) copy_async(words + kTransposedStep * 4, zero_, 4, 4);
-      }
     }
-    scale_ += scale_step_;
-    zero_ += zero_step_;
     codes_ += kTransposedStep * p_.w.codes_stride;
     row_ += kTransposedStep;
     slot_ = (slot_ + 1) % kStages;
   }
 
-  // Of the oldest step: scale and zero of the lane's own row, which it copied itself; there is one.
-  __device__ __forceinline__ RawGroup group(const unsigned char* ring) const {
-    const unsigned char* slot = ring + read_slot_ * kSlotBytes<BITS> + kCodeBytes<BITS>;
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(slot) + at_.lane;
-    return RawGroup{words[0] >> scale_shift_ & scale_mask_,
-                    has_zero_ ? words[kTransposedStep] >> zero_shift_ & zero_mask_ : 0};
+  // The next step's, in order too.
+  __device__ __forceinline__ RawGroup load_group_of(int row) {
+    RawGroup group{0, 0};
+    if (row + at_.lane < at_.end) {
+      group.scale = wide_ ? __ldg(reinterpret_cast<const uint32_t*>(scale_))
+                          : __ldg(reinterpret_cast<const unsigned short*>(scale_));
+      if (zero_bytes_ == 2) {
+        group.zero = __ldg(reinterpret_cast<const unsigned short*>(zero_));
+      } else if (zero_bytes_ == 1) {
+        group.zero = __ldg(reinterpret_cast<const uint8_t*>(zero_));
+      } else if (zero_bytes_ == 4) {
+        group.zero = __ldg(reinterpret_cast<const uint32_t*>(zero_));
+      }
+    }
+    scale_ += scale_step_;
+    zero_ += zero_step_;
+    return group;
   }
 
   // The lane's columns of rows 8t to 8t + 7 of the oldest step; it is complete.
@@ -163,9 +158,8 @@ class Walk {
   int slot_ = 0;
   int read_slot_ = 0;
   int valid_;
-  int scale_shift_, zero_shift_;
-  uint32_t scale_mask_, zero_mask_;
-  bool has_zero_;
+  int zero_bytes_;
+  bool wide_;
 };
 
 // Codes of the same column in two rows as pairs of exact integers q - c in bf16.
@@ -222,7 +216,7 @@ __device__ __forceinline__ void store_partial(const TransposedParams& p, const P
 template <typename T, int BITS, int M>
 __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
     transposed_exact_kernel(const TransposedParams p) {
-  constexpr int kAhead = 2;  // steps of inputs in registers
+  constexpr int kAhead = 2;  // steps of scales and inputs in registers
   const QuantizedWeight& w = p.w;
   const Place at = place_of<BITS>(p);
   // [buffer][limb][input row][weight row of the step], a warp each.
@@ -241,9 +235,11 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
   if (at.k - at.g * 8 >= w.in_features) return;
 
   Walk<BITS> walk(p, at, shared_address(ring));
+  RawGroup groups[kAhead];
   T inputs[kAhead][M];
   const T* x = static_cast<const T*>(p.x);
   const auto fetch = [&](int row, int u) {
+    groups[u] = walk.load_group_of(row);
     const T* from = x + min(row + at.lane, at.end - 1);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -268,10 +264,9 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
     for (int u = 0; u < kAhead; ++u) {
       const int row = base + u * kTransposedStep;
       if (row >= at.end) break;
-      copy_async_wait<kStages - 2>();
       {
         const bool inside = row + at.lane < at.end;
-        const Group group = finish_group(w, walk.group(ring));
+        const Group group = finish_group(w, groups[u]);
         const float shift =
             fmaf(group.scale, static_cast<float>(1 << (BITS - 1)) - group.zero, group.offset);
 #pragma unroll
@@ -287,6 +282,7 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
           }
         }
       }
+      copy_async_wait<kStages - 2>();
       __syncwarp();  // this step is there, and nobody reads the last one any more
       walk.ask();
       copy_async_commit();
@@ -346,6 +342,7 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
 template <typename T, int BITS, int TILES>
 __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
     transposed_rounded_kernel(const TransposedParams p) {
+  constexpr int kAhead = 2;  // steps of scales in registers
   const QuantizedWeight& w = p.w;
   const Place at = place_of<BITS>(p);
   __shared__ __align__(16) float2 all_scales[kTransposedWarps][2][32];  // (factor, shift)
@@ -380,52 +377,64 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(8 * TILES))
     source += kTransposedStep;
     copy_stage = (copy_stage + 1) % kStages;
   };
+  RawGroup groups[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (active) groups[u] = walk.load_group_of(at.begin + u * kTransposedStep);
+  }
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy();
   float acc[TILES][4][4] = {};
   int buffer = 0;
   int stage = 0;
-  for (int row = at.begin; row < at.end; row += kTransposedStep) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // this step's inputs are there, and nobody reads the last step's any more
-    copy();
-    if (active) {
-      // Zeros where there is no row, so that zero inputs meet finite numbers.
-      scales[buffer][at.lane] = row + at.lane < at.end ? element_scale<BITS>(w, walk.group(ring))
-                                                       : make_float2(0.0f, 0.0f);
-      __syncwarp();
-      EightCodes<BITS> rows[8];
-      walk.read(ring, rows);
-      const float2* shared_scales = &scales[buffer][at.t * 8];
-      const T* b = &inputs[stage][at.g][at.t * 8];
+  for (int base = at.begin; base < at.end; base += kAhead * kTransposedStep) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
-        uint32_t a[4][4];
+    for (int u = 0; u < kAhead; ++u) {
+      const int row = base + u * kTransposedStep;
+      if (row >= at.end) break;
+      copy_async_wait<kStages - 2>();
+      __syncthreads();  // this step's inputs are there, and nobody reads the last step's any more
+      copy();
+      if (active) {
+        // Zeros where there is no row, so that zero inputs meet finite numbers.
+        scales[buffer][at.lane] =
+            row + at.lane < at.end ? element_scale<BITS>(w, groups[u]) : make_float2(0.0f, 0.0f);
+        __syncwarp();
+        const int next = row + kAhead * kTransposedStep;
+        if (next < at.end) groups[u] = walk.load_group_of(next);
+        EightCodes<BITS> rows[8];
+        walk.read(ring, rows);
+        const float2* shared_scales = &scales[buffer][at.t * 8];
+        const T* b = &inputs[stage][at.g][at.t * 8];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int first = 4 * j + 2 * h;
-          const float4 scale = *reinterpret_cast<const float4*>(shared_scales + first);
-          float low[8], high[8];
-          rows[first].elements(low);
-          rows[first + 1].elements(high);
+        for (int j = 0; j < 2; ++j) {  // products of 16 weight rows: 8t + 4j and the three below
+          uint32_t a[4][4];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            a[i / 2][2 * h + i % 2] =
-                pack_pair<T>(fmaf(low[i], scale.x, scale.y), fmaf(high[i], scale.z, scale.w));
+          for (int h = 0; h < 2; ++h) {
+            const int first = 4 * j + 2 * h;
+            const float4 scale = *reinterpret_cast<const float4*>(shared_scales + first);
+            float low[8], high[8];
+            rows[first].elements(low);
+            rows[first + 1].elements(high);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              a[i / 2][2 * h + i % 2] =
+                  pack_pair<T>(fmaf(low[i], scale.x, scale.y), fmaf(high[i], scale.z, scale.w));
+            }
           }
-        }
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-          const uint2 v = *reinterpret_cast<const uint2*>(b + tile * 8 * kTransposedStep + 4 * j);
+          for (int tile = 0; tile < TILES; ++tile) {
+            const uint2 v = *reinterpret_cast<const uint2*>(b + tile * 8 * kTransposedStep + 4 * j);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], v.x, v.y, T{});
+            for (int i = 0; i < 4; ++i) {
+              mma(acc[tile][i], a[i][0], a[i][1], a[i][2], a[i][3], v.x, v.y, T{});
+            }
           }
         }
       }
+      buffer ^= 1;
+      stage = (stage + 1) % kStages;
     }
-    buffer ^= 1;
-    stage = (stage + 1) % kStages;
   }
   if (!active) return;
 #pragma unroll
