@@ -26,8 +26,8 @@ constexpr int kMostPasses = 2;
 constexpr int kMostTransposedPasses = 1;
 
 // Codes become floats by placing them high in the mantissa of a constant: element() is
-// (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
-// the end costs no accuracy.
+// (q + kBias) * kFactor exactly. The bias is of the codes' own size and taken away in the end,
+// except for f32 inputs: there it would show where a zero term cancels scale * q.
 template <int BITS>
 struct Lane {
   static constexpr int kWords = BITS / 2;
@@ -102,6 +102,7 @@ struct Params {
 template <typename T, int BITS, int M>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(const Params p) {
   constexpr int kRows = kUnroll<M>;
+  constexpr bool kPlain = std::is_same_v<T, float>;
   const QuantizedWeight& w = p.w;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -136,8 +137,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(con
         if (row + u * kWarps >= end) break;
         float v[kColumns];
         codes[u].elements(v);
+        if constexpr (kPlain) {
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) v[i] -= Lane<BITS>::kBias / Lane<BITS>::kInverseFactor;
+        }
         const Group g = finish_group(w, groups[u]);
-        const float shift = fmaf(g.scale, -(Lane<BITS>::kBias + g.zero), g.offset);
+        const float bias = kPlain ? 0.0f : Lane<BITS>::kBias;
+        const float shift = fmaf(g.scale, -(bias + g.zero), g.offset);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const float input = to_float(inputs[u][m]);

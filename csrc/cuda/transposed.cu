@@ -9,7 +9,7 @@
 // rows' words joined by halves hold four such pairs, and lane g takes 8 columns, which are rows g
 // and g + 8 of four products. Which column is which row of a product does not matter to the sums.
 //
-// - Up to 8 input rows nothing is rounded: codes become exact integers q - c, and what multiplies
+// - Up to 8 input rows nothing is rounded: codes become exact integers, and what multiplies
 //   them is input * scale, an f32 number as the sum of three bf16 limbs. Each lane works these out
 //   for one weight row, and shares them with its warp; input * shift is summed in f32 beside it.
 // - Above, weights are rounded to the input's type, as in a dense layer, and inputs are operands as
@@ -162,37 +162,56 @@ class Walk {
   bool wide_;
 };
 
-// Codes of the same column in two rows as pairs of exact integers q - c in bf16.
+// Codes at bit SHIFT of both halves of a word as integers in bf16. Not q - c: where a zero term
+// cancels scale * q, the errors of scale * c would be larger than what is left.
+template <int BITS, int SHIFT>
+__device__ __forceinline__ uint32_t code_pair(uint32_t v) {
+  using T = __nv_bfloat16;
+  constexpr uint32_t kMask = ((1u << BITS) - 1 << SHIFT) * 0x10001u;
+  if constexpr (BITS ==
+                8) {  // 128 + the low seven bits, minus 0 or 128 as the top bit is set or not
+    return sub2<T>(masked_or(v, 0x007f007fu, 0x43004300u),
+                   sub2<T>(0x43804380u, masked_or(v, 0x00800080u, 0x43004300u)));
+  } else if constexpr (SHIFT == 0) {
+    return sub2<T>(masked_or(v, kMask, 0x43004300u), 0x43004300u);
+  } else {
+    static_assert(BITS == 2 && (SHIFT == 2 || SHIFT == 4));
+    constexpr uint32_t kFactor = SHIFT == 2 ? 0x3e803e80u : 0x3d803d80u;  // 1/4, 1/16
+    constexpr uint32_t kOffset = SHIFT == 2 ? 0xc200c200u : 0xc100c100u;  // -32, -8
+    return fma2<T>(masked_or(v, kMask, 0x43004300u), kFactor, kOffset);
+  }
+}
+
+// Codes of the same column in two rows as such pairs.
 template <int BITS>
 __device__ __forceinline__ void pair_rows(const EightCodes<BITS>& low, const EightCodes<BITS>& high,
                                           uint32_t (&pairs)[8]) {
-  using T = __nv_bfloat16;
   if constexpr (BITS == 8) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t v = __byte_perm(low.words[i / 2], high.words[i / 2], i % 2 ? 0x7632 : 0x5410);
-      pairs[2 * i] = centered_pair<T, 8, 0>(v);
-      pairs[2 * i + 1] = centered_pair<T, 8, 0>(v >> 8);
+      pairs[2 * i] = code_pair<8, 0>(v);
+      pairs[2 * i + 1] = code_pair<8, 0>(v >> 8);
     }
   } else if constexpr (BITS == 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t v = __byte_perm(low.words[0], high.words[0], i % 2 ? 0x7632 : 0x5410);
-      pairs[4 * i] = centered_pair<T, 4, 0>(v);
-      pairs[4 * i + 1] = centered_pair<T, 4, 0>(v >> 4);
-      pairs[4 * i + 2] = centered_pair<T, 4, 0>(v >> 8);
-      pairs[4 * i + 3] = centered_pair<T, 4, 0>(v >> 12);
+      pairs[4 * i] = code_pair<4, 0>(v);
+      pairs[4 * i + 1] = code_pair<4, 0>(v >> 4);
+      pairs[4 * i + 2] = code_pair<4, 0>(v >> 8);
+      pairs[4 * i + 3] = code_pair<4, 0>(v >> 12);
     }
   } else {
     const uint32_t v = __byte_perm(low.words[0], high.words[0], 0x5410);
-    pairs[0] = centered_pair<T, 2, 0>(v);
-    pairs[1] = centered_pair<T, 2, 2>(v);
-    pairs[2] = centered_pair<T, 2, 4>(v);
-    pairs[3] = centered_pair<T, 2, 0>(v >> 6);
-    pairs[4] = centered_pair<T, 2, 2>(v >> 6);
-    pairs[5] = centered_pair<T, 2, 4>(v >> 6);
-    pairs[6] = centered_pair<T, 2, 0>(v >> 12);
-    pairs[7] = centered_pair<T, 2, 2>(v >> 12);
+    pairs[0] = code_pair<2, 0>(v);
+    pairs[1] = code_pair<2, 2>(v);
+    pairs[2] = code_pair<2, 4>(v);
+    pairs[3] = code_pair<2, 0>(v >> 6);
+    pairs[4] = code_pair<2, 2>(v >> 6);
+    pairs[5] = code_pair<2, 4>(v >> 6);
+    pairs[6] = code_pair<2, 0>(v >> 12);
+    pairs[7] = code_pair<2, 2>(v >> 12);
   }
 }
 
@@ -267,8 +286,7 @@ __global__ void __launch_bounds__(kThreads, transposed_blocks(M))
       {
         const bool inside = row + at.lane < at.end;
         const Group group = finish_group(w, groups[u]);
-        const float shift =
-            fmaf(group.scale, static_cast<float>(1 << (BITS - 1)) - group.zero, group.offset);
+        const float shift = fmaf(group.scale, -group.zero, group.offset);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const float input = to_float(inputs[u][m]);
@@ -485,7 +503,6 @@ void dispatch_transposed(const TransposedPlan& plan, Float type, const F& f) {
 bool plan_transposed(const QuantizedWeight& w, const void* x, int64_t x_stride, Float type,
                      int64_t m, const DeviceInfo& info, TransposedPlan* plan) {
   const int64_t tiles = ceil_div(w.in_features, int64_t{kTransposedSpan} * kTransposedWarps);
-  // f32's own error bound leaves no room for the cancellation of q - c against the shift.
   if (info.major < 8 || type == Float::F32 || !aligned(w.codes, 16) || w.codes_stride % 16 != 0 ||
       w.codes_stride <= 0 || (w.groups > 1 && w.group_size < kTransposedSpan) || m < 1 ||
       m > kTransposedMost || w.rows < 1 || w.rows >= (int64_t{1} << 30) || tiles < 1 ||
