@@ -3,7 +3,7 @@
 ncu --section SpeedOfLight --section SchedulerStats \\
   --metrics regex:smsp__average_warps_issue_stalled_.*_per_issue_active.ratio \\
   --metrics smsp__inst_executed.sum,launch__registers_per_thread \\
-  -k regex:'stream_kernel|matmul_t_kernel|fused_kernel|quantize_half' \\
+  -k regex:'stream_kernel|transposed_|fused_kernel|quantize_half' \\
   python -m benchmarks.profile_cuda
 """
 
@@ -20,7 +20,8 @@ def main() -> None:
     torch.cuda.synchronize()
     for m, bits in ((1, 4), (16, 4), (64, 4), (512, 4), (1, 2), (1, 8)):
         weights[bits].matmul(torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
-    weights[4].matmul_t(torch.randn(1, n, device="cuda", dtype=torch.bfloat16))
+    for m in (1, 16, 64):
+        weights[4].matmul_t(torch.randn(m, n, device="cuda", dtype=torch.bfloat16))
     torch.ops.mkrs.quantize(dense, 4, 64, "affine")
     torch.cuda.synchronize()
 

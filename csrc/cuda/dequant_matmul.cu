@@ -24,7 +24,9 @@ constexpr int64_t kPassesBeforeDenseF32 = 12;
 // decode kernel costs one reading of the weights, the dense route about nine (4 bits, 16-bit
 // scratch written and read once) and more for f32.
 Route choose_route(const MatmulCall& call, const DeviceInfo& info) {
-  if (call.type != Float::F32 && info.major >= 9 && call.m <= kStreamRows) return Route::Stream;
+  if (call.type != Float::F32 && info.major >= 9 && call.m <= stream_rows(call.w)) {
+    return Route::Stream;
+  }
   if (call.type != Float::F32 && info.major == 9 && call.m >= kLeastFusedRows) {
     return call.m <= kMostFusedRows ? Route::Fused : Route::Dense;
   }
@@ -116,13 +118,12 @@ Tensor multiply(const char* op, const Tensor& input, const Tensor& codes, const 
   if (route == Route::Stream || route == Route::Fused) {
     Tensor result = empty_on(input, sizes_with_last(input, w.rows), input.scalar_type());
     call.out = result.mutable_data_ptr();
-    if (route == Route::Stream) {
-      StreamPlan plan;
-      if (plan_stream(call, scope.info(), &plan)) {
-        (type == Float::F16 ? launch_stream_f16 : launch_stream_bf16)(op, plan, scope.stream());
-        return result;
-      }
-    } else {
+    StreamPlan plan;
+    if (route == Route::Stream && plan_stream(call, scope.info(), &plan)) {
+      (type == Float::F16 ? launch_stream_f16 : launch_stream_bf16)(op, plan, scope.stream());
+      return result;
+    }
+    if (route == Route::Fused || m >= kLeastFusedRows) {
       const auto run = type == Float::F16 ? run_fused_f16 : run_fused_bf16;
       if (run(op, call, scope.info(), input, scope.stream())) return result;
     }

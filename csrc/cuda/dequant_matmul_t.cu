@@ -1,12 +1,14 @@
 // input [m, N] @ W -> [m, K].
 //
+// 16-bit inputs of up to 64 rows go to transposed.cu, many rows through weights dequantized into
+// scratch once to the dense product (its floor). The kernel here serves the rest: f32 inputs, small
+// groups, unaligned codes.
+//
 // Floor for few rows: codes and scales read once over the memory bandwidth. Each lane owns 16
-// columns and walks down the rows with f32 sums, about 3 instructions a weight (half the issue
-// slots of an H100 at 4 bits): the scale belongs to the summed index here, so tensor cores would
-// need rounded products. Floor for many rows: the dense product; the weights are then dequantized
-// into scratch once.
+// columns and walks down the rows with f32 sums, about 3 instructions a weight.
 #include "dequantize_rows.cuh"
 #include "sum_partials.cuh"
+#include "transposed.cuh"
 
 namespace mkrs::cuda {
 namespace {
@@ -21,10 +23,11 @@ constexpr int kMostRows = 4;  // input rows of one pass
 constexpr int kBlocksPerSm = 2;
 // Above this many passes the dense route is faster (measured on an H100).
 constexpr int kMostPasses = 2;
+constexpr int kMostTransposedPasses = 1;
 
 // Codes become floats by placing them high in the mantissa of a constant: element() is
-// (q + kBias) * kFactor exactly, with a bias of the codes' own size so that taking it away again in
-// the end costs no accuracy.
+// (q + kBias) * kFactor exactly. The bias is of the codes' own size and taken away in the end,
+// except for f32 inputs: there it would show where a zero term cancels scale * q.
 template <int BITS>
 struct Lane {
   static constexpr int kWords = BITS / 2;
@@ -99,6 +102,7 @@ struct Params {
 template <typename T, int BITS, int M>
 __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(const Params p) {
   constexpr int kRows = kUnroll<M>;
+  constexpr bool kPlain = std::is_same_v<T, float>;
   const QuantizedWeight& w = p.w;
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -133,8 +137,13 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(con
         if (row + u * kWarps >= end) break;
         float v[kColumns];
         codes[u].elements(v);
+        if constexpr (kPlain) {
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) v[i] -= Lane<BITS>::kBias / Lane<BITS>::kInverseFactor;
+        }
         const Group g = finish_group(w, groups[u]);
-        const float shift = fmaf(g.scale, -(Lane<BITS>::kBias + g.zero), g.offset);
+        const float bias = kPlain ? 0.0f : Lane<BITS>::kBias;
+        const float shift = fmaf(g.scale, -(bias + g.zero), g.offset);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const float input = to_float(inputs[u][m]);
@@ -211,6 +220,29 @@ void run_pass(const char* op, const QuantizedWeight& w, const void* x, int64_t x
   launch_sum_partials(op, p.partial, splits, m, w.in_features, nullptr, out, type, scope.stream());
 }
 
+// In passes over tensor cores; false where the weight or the input is not one they take.
+bool run_transposed(const char* op, const QuantizedWeight& w, const Tensor& input, Float type,
+                    const Scope& scope, Tensor& result) {
+  const int64_t m = rows_of(input);
+  const int64_t rows = kTransposedMost;
+  if (ceil_div(m, rows) > kMostTransposedPasses) return false;
+  for (int64_t first = 0; first < m; first += rows) {
+    const int64_t count = std::min(rows, m - first);
+    const char* x = static_cast<const char*>(input.const_data_ptr()) +
+                    first * row_stride(input) * float_size(type);
+    TransposedPlan plan;
+    if (!plan_transposed(w, x, row_stride(input), type, count, scope.info(), &plan)) return false;
+    Tensor partial = empty_on(input, {plan.splits, count, w.in_features}, ScalarType::Float);
+    plan.params.partial = static_cast<float*>(partial.mutable_data_ptr());
+    launch_transposed(op, plan, type, scope.stream());
+    launch_sum_partials(
+        op, plan.params.partial, plan.splits, count, w.in_features, nullptr,
+        static_cast<char*>(result.mutable_data_ptr()) + first * w.in_features * float_size(type),
+        type, scope.stream());
+  }
+  return true;
+}
+
 Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& scale,
                         const std::optional<Tensor>& zero_point,
                         const std::optional<Tensor>& offset, int64_t bits, int64_t group_size,
@@ -226,14 +258,15 @@ Tensor dequant_matmul_t(const Tensor& input, const Tensor& codes, const Tensor& 
 
   const int64_t m = rows_of(input);
   const Tensor flat = has_uniform_rows(input) ? input : torch::stable::contiguous(input);
-  if (ceil_div(m, kMostRows) > kMostPasses && w.rows > 0 && in_features > 0) {
+  Tensor result = empty_on(input, sizes_with_last(input, in_features), input.scalar_type());
+  if (m == 0 || in_features == 0) return result;
+  if (w.rows > 0 && run_transposed(op, w, flat, type, scope, result)) return result;
+  if (ceil_div(m, kMostRows) > kMostPasses && w.rows > 0) {
     Tensor scratch = empty_on(input, {w.rows, in_features}, input.scalar_type());
     launch_dequantize_rows(op, w, RowIndex{}, w.rows, scratch.mutable_data_ptr(), type,
                            scope.stream());
     return torch::stable::matmul(flat, scratch);
   }
-  Tensor result = empty_on(input, sizes_with_last(input, in_features), input.scalar_type());
-  if (m == 0 || in_features == 0) return result;
   for (int64_t first = 0; first < m; first += kMostRows) {
     const int64_t rows = std::min<int64_t>(kMostRows, m - first);
     void* out =

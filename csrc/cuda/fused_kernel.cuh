@@ -16,6 +16,7 @@
 
 #include "fused.cuh"
 #include "hopper.cuh"
+#include "rounded.cuh"
 #include "sum_partials.cuh"
 #include "wgmma.cuh"
 
@@ -75,7 +76,7 @@ constexpr int kFusedPitch = kFusedRows + 8;  // of a row of results in shared me
 constexpr int kFusedSumOffset = 32 * 1024;   // in shared memory, of the sums of other pairs
 
 // Of the 64 codes of a row, which `words` holds, those of one lane, as (value + bias) * factor: for
-// each run of 16 the codes 2t, 2t + 1, 2t + 8, 2t + 9. The constants are those of fused_scale.
+// each run of 16 the codes 2t, 2t + 1, 2t + 8, 2t + 9. The constants are those of element_scale.
 template <int BITS>
 __device__ __forceinline__ void fused_elements(const uint32_t (&words)[2 * BITS], int t,
                                                float (&v)[16]) {
@@ -112,28 +113,6 @@ __device__ __forceinline__ void fused_elements(const uint32_t (&words)[2 * BITS]
       v[4 * i + 3] = __uint_as_float((four << 3 & 0x600000u) | 0x40000000u);
     }
   }
-}
-
-// (factor, shift) with w = element * factor + shift.
-template <int BITS>
-__device__ __forceinline__ float2 fused_scale(const QuantizedWeight& w, const RawGroup& raw) {
-  constexpr float kBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
-  constexpr float kFactor = BITS == 8 ? 1.0f : 2.0f;
-  const Group g = finish_group(w, raw);
-  return make_float2(g.scale * kFactor, fmaf(g.scale, -(kBias + g.zero), g.offset));
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__half>(float low, float high) {
-  const __half2 v = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-template <>
-__device__ __forceinline__ uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
 }
 
 // 4, 8 or 16 bytes, in aligned halves of which the second may be missing.
@@ -237,7 +216,7 @@ __global__ void __launch_bounds__(kFusedThreads<M>, 1)
       const int stage = s % kStages;
       float2* scales = all_scales + stage * (GROUPS * kFusedRows) + r;
 #pragma unroll
-      for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = fused_scale<BITS>(w, raw[j]);
+      for (int j = 0; j < GROUPS; ++j) scales[j * kFusedRows] = element_scale<BITS>(w, raw[j]);
       barrier_arrive(full + 8 * stage);
     };
     if (GROUPS == 1 && p.batched) {

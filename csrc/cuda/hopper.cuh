@@ -153,11 +153,11 @@ int most_clusters(const char* op, Kernel kernel, int splits, int threads, int sh
 
 // Launches a kernel that calls wait_for_previous.
 template <typename... Params, typename... Args>
-void launch_overlapped(const char* op, void (*kernel)(Params...), dim3 grid, int threads,
+void launch_overlapped(const char* op, void (*kernel)(Params...), dim3 grid, dim3 threads,
                        int shared_bytes, dim3 cluster, cudaStream_t stream, const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(threads);
+  config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};

@@ -6,12 +6,15 @@ namespace {
 constexpr int kMostStages = 4;
 // Bytes in flight that keep the memory busy; more only keep everybody's loads waiting.
 constexpr int kRingBytes = 96 * 1024;
+constexpr int kLightRingBytes = 64 * 1024;  // of two blocks of a multiprocessor
+constexpr int kLightUnits = 24;             // of a multiprocessor
 
 // The most stages that fit.
 template <int BITS, int RUN, int COLS, int WARPS>
 bool fit_stream(int limit, StreamParams* p) {
   for (p->stages = kMostStages; p->stages >= 2; --p->stages) {
-    if (p->stages > 2 && WARPS * p->stages * kStreamUnitBytes<BITS> > kRingBytes) continue;
+    const int most = stream_is_light(COLS, WARPS) ? kLightRingBytes : kRingBytes;
+    if (p->stages > 2 && WARPS * p->stages * kStreamUnitBytes<BITS> > most) continue;
     if (stream_layout<BITS, RUN, COLS, WARPS>(*p).total <= limit) return true;
   }
   return false;
@@ -24,7 +27,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
   const int64_t row_bytes = code_bytes(w.in_features, w.bits);
   const int64_t chunks = ceil_div(w.in_features, int64_t{kStreamUnit});
   const int64_t tiles = ceil_div(w.rows, int64_t{kStreamTile});
-  if (info.major < 9 || call.type == Float::F32 || call.m > kStreamRows || row_bytes < 128 ||
+  if (info.major < 9 || call.type == Float::F32 || call.m > stream_rows(w) || row_bytes < 128 ||
       !aligned(w.codes, 16) || w.codes_stride % 16 != 0 || w.codes_stride <= 0 ||
       w.codes_stride >= (int64_t{1} << 36) || w.in_features >= (int64_t{1} << 26) ||
       w.rows >= (int64_t{1} << 30) || chunks * tiles >= (int64_t{1} << 30)) {
@@ -43,6 +46,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
   p.x_aligned = aligned(call.x, 16) && call.x_stride % 8 == 0;
   const int run = run_of(w.group_size, w.groups);
   plan->multiprocessors = info.multiprocessors;
+  plan->light = chunks * tiles <= int64_t{kLightUnits} * info.multiprocessors;
   plan->shared_per_block = info.shared_per_block;
 
   // Scales that two lanes share a row of: can asynchronous copies bring a lane's half?
@@ -71,7 +75,7 @@ bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* pla
     bool found = false;
     dispatch_bits(w.bits, [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
-      dispatch_stream<kBits>(run, p.m, [&](auto variant) {
+      dispatch_stream<kBits>(run, p.m, plan->light, [&](auto variant) {
         using V = decltype(variant);
         found = fit_stream<kBits, V::kRun, V::kColumns, V::kWarps>(info.shared_per_block, &p);
       });

@@ -5,7 +5,7 @@
 
 namespace mkrs::cuda {
 
-constexpr int kStreamRows = 8;    // input rows of one pass
+constexpr int kStreamRows = 16;   // most input rows
 constexpr int kStreamTile = 16;   // weight rows of a tile
 constexpr int kStreamUnit = 512;  // k of a unit of work
 constexpr int kStreamBoxBytes = 128 * kStreamTile;
@@ -22,9 +22,11 @@ struct StreamParams {
   int chunks;        // units of a weight row
   int split_chunks;  // units of a row that one block handles
   int tiles;         // of kStreamTile weight rows
-  int stages;        // units of each warp's ring: 2, 3 or 4
-  int total_tiles;   // most tiles of a block, where K is split over a cluster
-  int x_row;         // elements from one staged input row to the next
+  int block_tiles;   // of a block at least; of the first larger_blocks one more
+  int larger_blocks;
+  int stages;       // units of each warp's ring: 2, 3 or 4
+  int total_tiles;  // most tiles of a block, where K is split over a cluster
+  int x_row;        // elements from one staged input row to the next
   bool x_aligned;
   // Scales copied with the codes: bytes of a lane (all zero: loaded a unit ahead instead, for
   // layouts that asynchronous copies cannot take), and log2 of runs in a group.
@@ -37,11 +39,19 @@ struct StreamParams {
 struct StreamPlan {
   StreamParams params;
   int splits;  // of K, over the blocks of a cluster
+  bool light;  // little work for each multiprocessor
   int multiprocessors;
   int shared_per_block;
 };
 
-// How a call of at most kStreamRows rows of 16-bit input runs. False when the shape, an alignment
+// Input rows that the kernel takes of a weight. Staging many long rows of activations takes longer
+// than the products save: the fused kernel is faster then (measured on an H100).
+constexpr int stream_rows(const QuantizedWeight& w) {
+  const bool most = w.bits < 8 && run_of(w.group_size, w.groups) == 4 && w.in_features <= 8192;
+  return most ? kStreamRows : kStreamRows / 2;
+}
+
+// How a call of at most stream_rows() rows of 16-bit input runs. False when the shape, an alignment
 // or the device is not one that the kernel takes.
 bool plan_stream(const MatmulCall& call, const DeviceInfo& info, StreamPlan* plan);
 

@@ -5,9 +5,10 @@
 // - Codes and scales stream through private rings of asynchronous copies, a unit of 16 rows x 512 k
 //   at a time, so that no barrier stands between memory and the tensor cores. (The bulk copy engine
 //   was slower: boxes that a warp can own are too small for it, some 200 cycles each.)
-// - Codes become exact integers q - c, the 16-row operand of m16n8k16; activations are its 8
-//   columns. Weights are never rounded: scales and shifts are applied to the f32 sums of runs of k
-//   inside one group, scale * sum((q - c) x) + shift * sum(x).
+// - Codes become exact integers (stream_operands.cuh), the 16-row operand of m16n8k16; activations
+//   are its 8 columns, or the 16 of two products. Weights are never rounded: scales and shifts are
+//   applied to the f32 sums of runs of k inside one group, scale * sum(integer * x) + shift *
+//   sum(x).
 // - With fewer than 8 input rows the spare columns hold other runs: column n carries input row
 //   n % COLS of run n / COLS of a block of 8 / COLS runs, and zeros elsewhere. One product then
 //   still covers 256 weights, but sums are scaled once in 8 / COLS runs, and each lane needs the
@@ -17,26 +18,28 @@
 //   fixed order. Where the activations do not fit into shared memory, or the rows are few, K is
 //   also split over the blocks of a cluster, which add up through distributed shared memory.
 // - The kernel may be launched while the one before it still runs. Until that is complete, nothing
-// is
-//   read but into L2, where codes and scales then wait: every write passes through L2, so that
+//   is read but into L2, where codes and scales then wait: every write passes through L2, so that
 //   what is loaded afterwards cannot be stale.
 #pragma once
 
 #include "hopper.cuh"
-#include "mma.cuh"
-#include "stream_variants.cuh"
+#include "stream_operands.cuh"
 
 namespace mkrs::cuda {
 
 constexpr int kStreamLeastShared = 116 * 1024;
 
-// Units of a warp that are asked into L2 while the kernel before may still run.
-template <int BITS>
-constexpr int kStreamAhead = BITS == 8 ? 2 : 24 / (2 * BITS);
+// Units of a warp that are asked into L2 while the kernel before may still run. Fewer where that
+// kernel's block still works beside this one's.
+template <int BITS, int WARPS>
+constexpr int kStreamAhead = WARPS == kStreamLightWarps ? (BITS == 2 ? 2 : 1)
+                             : BITS == 8                ? 2
+                                                        : 24 / (2 * BITS);
 
-// COLS: input rows, rounded up to 1, 4 or 8.
+// COLS: input rows, rounded up to 1, 4, 8 or 16.
 template <typename T, int BITS, int RUN, int COLS, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParams p) {
+__global__ void __launch_bounds__(WARPS * 32, stream_is_light(COLS, WARPS) ? 2 : 1)
+    stream_kernel(const StreamParams p) {
 #if defined(MKRS_SM90)
   constexpr int kBoxes = BITS / 2;         // of a unit
   constexpr int kRuns = kStreamRuns<RUN>;  // of a unit
@@ -45,9 +48,10 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   constexpr int kRunBytes = 2 * RUN * BITS;  // of a row
   constexpr int kLaneBytes = kRunBytes / 4;
   constexpr int kLaneWords = (RUN * BITS + 7) / 8;
-  constexpr int kSpread = 8 / COLS;             // runs side by side in the columns
-  constexpr int kChains = kSpread > 1 ? 2 : 1;  // independent sums, against latency
-  constexpr int kPer = kRuns / 2;               // scales that a lane prepares: half a row of a unit
+  constexpr int kColumnTiles = COLS > 8 ? COLS / 8 : 1;
+  constexpr int kSpread = COLS > 8 ? 1 : 8 / COLS;  // runs side by side in the columns
+  constexpr int kChains = kSpread > 1 ? 2 : 1;      // independent sums, against latency
+  constexpr int kPer = kRuns / 2;  // scales that a lane prepares: half a row of a unit
   constexpr int kPitch = kStreamPairPitch<RUN, COLS>;
   constexpr int kThreads = WARPS * 32;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -61,15 +65,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
 
   const int first_chunk = blockIdx.y * p.split_chunks;
   const int count = min(p.split_chunks, p.chunks - first_chunk);
-  const int tile_begin = static_cast<int>(static_cast<int64_t>(blockIdx.x) * p.tiles / gridDim.x);
-  const int tile_end = static_cast<int>(static_cast<int64_t>(blockIdx.x + 1) * p.tiles / gridDim.x);
-  const int units = (tile_end - tile_begin) * count;
+  // Shares of the first ones are larger by one; divisions by what only the host knows would keep
+  // the first requests waiting.
+  const int block = blockIdx.x;
+  const int tile_begin = block * p.block_tiles + min(block, p.larger_blocks);
+  const int tiles = p.block_tiles + (block < p.larger_blocks ? 1 : 0);
+  const int units = tiles * count;
   // Of the block's units, in the order of tiles and of chunks in a tile.
-  const auto begin_of = [&](int which) {
-    return static_cast<int>(static_cast<int64_t>(units) * which / WARPS);
-  };
-  const int begin = begin_of(warp);
-  const int mine = begin_of(warp + 1) - begin;
+  const int share_units = units / WARPS;
+  const int larger_shares = units % WARPS;
+  const int begin = warp * share_units + min(warp, larger_shares);
+  const int mine = share_units + (warp < larger_shares ? 1 : 0);
   const Cursor start{tile_begin + begin / count, begin % count};
 
   // ---- the stream of codes and scales ----
@@ -100,7 +106,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
     }
     Cursor ahead = start;
 #pragma unroll 1
-    for (int u = 0; u < min(mine, kStreamAhead<BITS>); ++u) {
+    for (int u = 0; u < min(mine, kStreamAhead<BITS, WARPS>); ++u) {
       if (ahead.tile < whole_tiles && first_chunk + ahead.chunk < whole_chunks) {
         const uint8_t* sector = lane_sector + int64_t{ahead.tile} * kStreamTile * w.codes_stride +
                                 int64_t{first_chunk + ahead.chunk} * (kBoxes * 128);
@@ -265,7 +271,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
         }
       }
     }
-    constexpr float kCenter = 1 << (BITS - 1);
+    constexpr float kCenter = kStreamCenter<T, BITS>;
     float2 pair[kPer];
     const auto convert = [&](Float type) {
 #pragma unroll
@@ -278,7 +284,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
           const float point = __uint_as_float(0x4b000000u | raw_zero[i]) - 8388608.0f;
           pair[i].y = pair[i].x * (kCenter - point);
         } else {
-          pair[i].y = 0.0f;
+          pair[i].y = pair[i].x * (kCenter - (1 << (BITS - 1)));
         }
       }
     };
@@ -297,74 +303,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   };
   if (p.raw_bytes == 0 && mine > 0) fetch();
 
-  // ---- activations, while the first codes travel ----
   const int first_k = first_chunk * kStreamUnit;
   float* run_sums = reinterpret_cast<float*>(shared + at.sums);
-  {
-    constexpr int kBatch = COLS == 1 ? 2 : 4;       // loads in flight
-    const int blocks = count * (kStreamUnit / 16);  // of 16 activations, per row
-    const int all = blocks * p.m;
-    const int end = static_cast<int>(w.in_features);
-    for (int base = 0; base < all; base += kBatch * kThreads) {
-      uint32_t words[kBatch][8];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (base + b * kThreads >= all) break;
-        const int i = base + b * kThreads + threadIdx.x;
-        const int row = i / blocks;
-        const int k = first_k + (i - row * blocks) * 16;
-        const unsigned short* x = static_cast<const unsigned short*>(p.x) + row * p.x_stride;
-        if (i < all && p.x_aligned && k + 16 <= end) {
-          const uint4 low = *reinterpret_cast<const uint4*>(x + k);
-          const uint4 high = *reinterpret_cast<const uint4*>(x + k + 8);
-          words[b][0] = low.x, words[b][1] = low.y, words[b][2] = low.z, words[b][3] = low.w;
-          words[b][4] = high.x, words[b][5] = high.y, words[b][6] = high.z, words[b][7] = high.w;
-        } else {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const uint32_t even = i < all && k + 2 * j < end ? x[k + 2 * j] : 0;
-            const uint32_t odd = i < all && k + 2 * j + 1 < end ? x[k + 2 * j + 1] : 0;
-            words[b][j] = even | odd << 16;
-          }
-        }
-      }
-      if (base == 0) {  // not earlier: these keep later loads waiting
-        for (int i = 0; i < p.stages; ++i) ask();
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (base + b * kThreads >= all) break;
-        const int i = base + b * kThreads + threadIdx.x;
-        const int row = i / blocks;
-        const int block = i - row * blocks;
-        float sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum += sum_of_pair<T>(words[b][j]);
-#pragma unroll
-        for (int offset = RUN / 2; offset > 0; offset /= 2) {  // RUN neighbours hold one run
-          sum += __shfl_xor_sync(~0u, sum, offset);
-        }
-        interleave<kInterleave<T, BITS, RUN>>(words[b]);
-        if (i < all) {
-          uint4* to = reinterpret_cast<uint4*>(shared + at.x + (row * p.x_row + block * 16) * 2);
-          to[0] = make_uint4(words[b][0], words[b][1], words[b][2], words[b][3]);
-          to[1] = make_uint4(words[b][4], words[b][5], words[b][6], words[b][7]);
-          if (block % RUN == 0) run_sums[block / RUN * COLS + row] = sum;
-        }
-      }
-    }
-    for (int i = threadIdx.x; i < kStreamZeroBytes / 4; i += kThreads) {
-      reinterpret_cast<uint32_t*>(shared + at.zeros)[i] = 0;
-    }
-    if (p.m < COLS) {
-      for (int i = threadIdx.x; i < count * kRuns * COLS; i += kThreads) {
-        if (i % COLS >= p.m) run_sums[i] = 0.0f;
-      }
-    }
-  }
+  stage_inputs<T, BITS, RUN, COLS, WARPS>(p, at, shared, count, first_k, [&] {
+    for (int i = 0; i < p.stages; ++i) ask();
+  });
   __syncthreads();
 
-  const bool shifted = w.scheme != Scheme::Symmetric;
+  const bool shifted = kStreamCenter<T, BITS> < 0.0f || w.scheme != Scheme::Symmetric;
   const T kind{};
   // Which weight row a lane's operand row is: lanes that read together take rows whose swizzle
   // differs where it matters.
@@ -375,8 +321,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       row * 128 + ((row * 16) ^ (t * kLaneBytes / 16 * 16)) + t * kLaneBytes % 16;
   const int ring_offset = warp * p.stages * kUnitBytes + lane_offset;
   const int my_row = g % COLS;  // input row of this lane's column
-  const int my_run = my_row < p.m ? g / COLS : -1;
   const int x_lane = at.x + (my_row * p.x_row + t * (RUN * 4)) * 2;
+  const int x_eight_rows = 16 * p.x_row;  // bytes
   const int zero_lane = at.zeros + t * (RUN * 8);
   const unsigned char* lane_pairs = pairs + row * kPitch + (COLS < 8 ? 2 * t / COLS : 0) * 8;
   const float* lane_sums = run_sums + 2 * t;
@@ -392,16 +338,18 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   // Calls f(value, m, row of the tile) for each of the lane's sums.
   const auto each = [&](const auto& from, const auto& f) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = 2 * t + (i & 1);
-      if (column < p.m && column < COLS) f(from[i], column, row + (i / 2) * 8);
+    for (int j = 0; j < 4 * kColumnTiles; ++j) {
+      const int c = j / 4;
+      const int i = j % 4;
+      const int column = 8 * c + 2 * t + (i & 1);
+      if (column < p.m && column < COLS) f(from[c][i], column, row + (i / 2) * 8);
     }
   };
 
   Cursor now = start;
   int slot = 0;  // of the ring
-  float acc[4] = {};
-  float first[4] = {};  // sums of the first tile, which an earlier warp may share
+  float acc[kColumnTiles][4] = {};
+  float first[kColumnTiles][4] = {};  // sums of the first tile, which an earlier warp may share
   for (int done = 0; done < mine; ++done) {
     arrive();
     share(slot);
@@ -409,12 +357,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
     if (p.raw_bytes == 0 && done + 1 < mine) fetch();
     const int x_unit = x_lane + now.chunk * (kStreamUnit * 2);
     const float* unit_sums = lane_sums + now.chunk * (kRuns * COLS);
-    float sum[kChains][4];
+    float sum[kColumnTiles][kChains][4];
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       if (r % kSpread == 0) {
 #pragma unroll
-        for (int i = 0; i < kChains * 4; ++i) (&sum[0][0])[i] = 0.0f;
+        for (int i = 0; i < kColumnTiles * kChains * 4; ++i) (&sum[0][0][0])[i] = 0.0f;
       }
       constexpr int kMask = kRunBytes >= 16 ? ~0 : ~15;
       const int run_byte = r % kBoxRuns * kRunBytes;
@@ -427,16 +375,20 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
         uint32_t v[kLaneWords];
         const unsigned char* from = codes + half * 8 * 128;
         load_codes<kLaneBytes>(from, v);
-        unpack_codes<T, BITS, RUN>(v, a[half]);
+        stream_codes<T, BITS, RUN>(v, a[half]);
       }
-      uint32_t b[RUN * 2];
-      const unsigned char* x =
-          shared + (my_run == r % kSpread ? x_unit : zero_lane) + r * (RUN * 32);
-      load_inputs<RUN>(x, b);
 #pragma unroll
-      for (int j = 0; j < RUN; ++j) {
-        mma(sum[j % kChains], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
-            b[2 * j + 1], kind);
+      for (int c = 0; c < kColumnTiles; ++c) {
+        uint32_t b[RUN * 2];
+        const bool used = my_row + 8 * c < p.m && g / COLS == r % kSpread;
+        const unsigned char* x =
+            shared + (used ? x_unit + c * x_eight_rows : zero_lane) + r * (RUN * 32);
+        load_inputs<RUN>(x, b);
+#pragma unroll
+        for (int j = 0; j < RUN; ++j) {
+          mma(sum[c][j % kChains], a[0][j][0], a[1][j][0], a[0][j][1], a[1][j][1], b[2 * j],
+              b[2 * j + 1], kind);
+        }
       }
       if (r % kSpread == kSpread - 1) {
         float4 low, high;  // (scale, shift) of columns 2t and 2t + 1
@@ -450,21 +402,25 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
           low = make_float4(l.x, l.y, l.x, l.y);
           high = make_float4(h.x, h.y, h.x, h.y);
         }
-        if constexpr (kChains == 2) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[0][i] += sum[1][i];
-        }
-        acc[0] = fmaf(low.x, sum[0][0], acc[0]);
-        acc[1] = fmaf(low.z, sum[0][1], acc[1]);
-        acc[2] = fmaf(high.x, sum[0][2], acc[2]);
-        acc[3] = fmaf(high.z, sum[0][3], acc[3]);
-        if (shifted) {
-          const float2 ones =
-              *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS);
-          acc[0] = fmaf(low.y, ones.x, acc[0]);
-          acc[1] = fmaf(low.w, ones.y, acc[1]);
-          acc[2] = fmaf(high.y, ones.x, acc[2]);
-          acc[3] = fmaf(high.w, ones.y, acc[3]);
+        for (int c = 0; c < kColumnTiles; ++c) {
+          float (&total)[4] = sum[c][0];
+          if constexpr (kChains == 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[i] += sum[c][1][i];
+          }
+          acc[c][0] = fmaf(low.x, total[0], acc[c][0]);
+          acc[c][1] = fmaf(low.z, total[1], acc[c][1]);
+          acc[c][2] = fmaf(high.x, total[2], acc[c][2]);
+          acc[c][3] = fmaf(high.z, total[3], acc[c][3]);
+          if (shifted) {
+            const float2 ones =
+                *reinterpret_cast<const float2*>(unit_sums + (r - (kSpread - 1)) * COLS + 8 * c);
+            acc[c][0] = fmaf(low.y, ones.x, acc[c][0]);
+            acc[c][1] = fmaf(low.w, ones.y, acc[c][1]);
+            acc[c][2] = fmaf(high.y, ones.x, acc[c][2]);
+            acc[c][3] = fmaf(high.w, ones.y, acc[c][3]);
+          }
         }
       }
     }
@@ -475,14 +431,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
     now.advance(0, 1, count);
     if (now.tile != tile || done + 1 == mine) {
       if constexpr (COLS == 1) {
-        acc[0] += acc[1];
-        acc[2] += acc[3];
+        acc[0][0] += acc[0][1];
+        acc[0][2] += acc[0][3];
       }
 #pragma unroll
       for (int offset = 1; offset < 4; offset *= 2) {
         if (COLS <= 2 * offset && COLS < 8) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[i] += __shfl_xor_sync(~0u, acc[i], offset);
+          for (int i = 0; i < 4; ++i) acc[0][i] += __shfl_xor_sync(~0u, acc[0][i], offset);
         }
       }
       const bool is_first = tile == start.tile;
@@ -497,9 +453,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
       }
       if (is_first || done + 1 < mine) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (is_first) first[i] = acc[i];
-          acc[i] = 0.0f;
+        for (int i = 0; i < 4 * kColumnTiles; ++i) {
+          if (is_first) first[i / 4][i % 4] = acc[i / 4][i % 4];
+          acc[i / 4][i % 4] = 0.0f;
         }
       }
     }
@@ -512,21 +468,33 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
   };
   each(first, [&](float value, int m, int r) { slot_of(warp, 0)[m * kStreamTile + r] = value; });
   each(acc, [&](float value, int m, int r) { slot_of(warp, 1)[m * kStreamTile + r] = value; });
-  __syncthreads();
-  const int tiles = tile_end - tile_begin;
-  const auto warp_of = [&](int unit) {
-    return static_cast<int>((static_cast<int64_t>(unit + 1) * WARPS - 1) / units);
+  // Whose sums the slots hold, of the block's tiles, or -1. Each warp's pairs are idle now as well.
+  const auto slot_tiles = [&](int which) -> int2& {
+    return *reinterpret_cast<int2*>(shared + at.pairs + which * kStreamPairBytes<RUN, COLS>);
   };
+  if (lane == 0) {
+    const int low = start.tile - tile_begin;
+    const int high = (begin + mine - 1) / count;
+    slot_tiles(warp) = mine > 0 ? make_int2(low, high == low ? -1 : high) : make_int2(-1, -1);
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < tiles * results; i += kThreads) {
-    const int tile = i / results;
+    const int tile = COLS == 1 ? i / kStreamTile : static_cast<unsigned>(i) / results;
     const int j = i - tile * results;
-    const int low = warp_of(tile * count);
-    const int high = warp_of(tile * count + count - 1);
-    if (low == high && tile != begin_of(low) / count && tile != (begin_of(low + 1) - 1) / count) {
-      continue;  // finished above
+    float parts[WARPS];
+    bool is_shared = false;
+#pragma unroll
+    for (int s = 0; s < WARPS; ++s) {  // without branches, so that all of them load at once
+      const int2 held = slot_tiles(s);
+      const float part = slot_of(s, held.x == tile ? 0 : 1)[j];
+      const bool is_part = held.x == tile || held.y == tile;
+      parts[s] = is_part ? part : 0.0f;
+      is_shared |= is_part;
     }
-    float value = 0.0f;
-    for (int s = low; s <= high; ++s) value += slot_of(s, tile == begin_of(s) / count ? 0 : 1)[j];
+    float value = parts[0];
+#pragma unroll
+    for (int s = 1; s < WARPS; ++s) value += parts[s];
+    if (!is_shared) continue;  // finished above
     if (clustered) {
       totals[i] = value;
     } else {
@@ -539,9 +507,10 @@ __global__ void __launch_bounds__(WARPS * 32, 1) stream_kernel(const StreamParam
     cluster_barrier();
     const int splits = gridDim.y;
     for (int i = threadIdx.x * splits + blockIdx.y; i < tiles * results; i += kThreads * splits) {
-      const int tile = i / results;
+      const int tile = COLS == 1 ? i / kStreamTile : static_cast<unsigned>(i) / results;
       const int j = i - tile * results;
       float value = 0.0f;
+#pragma unroll 4
       for (int s = 0; s < splits; ++s) {
         value += read_cluster_float(shared_address(totals + i), s);
       }
@@ -557,9 +526,11 @@ template <typename T, int BITS, int RUN, int COLS, int WARPS>
 void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t stream) {
   const StreamParams& p = plan.params;
   const auto kernel = stream_kernel<T, BITS, RUN, COLS, WARPS>;
-  // One block a multiprocessor, also where the next launch's blocks come while this one's leave.
+  // One block a multiprocessor; of heavy kernels also where the next launch's come while this one's
+  // leave.
+  const int least = stream_is_light(COLS, WARPS) ? 0 : kStreamLeastShared;
   const int shared_bytes = std::max(stream_layout<BITS, RUN, COLS, WARPS>(p).total,
-                                    std::min(kStreamLeastShared, plan.shared_per_block));
+                                    std::min(least, plan.shared_per_block));
   check_cuda(
       op, "asking for shared memory",
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
@@ -568,14 +539,17 @@ void launch_stream_kernel(const char* op, const StreamPlan& plan, cudaStream_t s
   if (plan.splits > 1) {
     blocks = std::max(blocks, (p.tiles + p.total_tiles - 1) / p.total_tiles);
   }
+  StreamParams params = p;
+  params.block_tiles = p.tiles / blocks;
+  params.larger_blocks = p.tiles % blocks;
   launch_overlapped(op, kernel, dim3(blocks, plan.splits), WARPS * 32, shared_bytes,
-                    dim3(1, plan.splits), stream, p);
+                    dim3(1, plan.splits), stream, params);
 }
 
 template <typename T, int BITS>
 void launch_stream_bits(const char* op, const StreamPlan& plan, cudaStream_t stream) {
   const StreamParams& p = plan.params;
-  dispatch_stream<BITS>(run_of(p.w.group_size, p.w.groups), p.m, [&](auto variant) {
+  dispatch_stream<BITS>(run_of(p.w.group_size, p.w.groups), p.m, plan.light, [&](auto variant) {
     using V = decltype(variant);
     launch_stream_kernel<T, BITS, V::kRun, V::kColumns, V::kWarps>(op, plan, stream);
   });

@@ -39,29 +39,40 @@ __host__ __device__ __forceinline__ StreamLayout stream_layout(const StreamParam
 
 // What a number of input rows runs as. Small groups take fewer variants.
 constexpr int stream_columns(int m, int run) {
-  return run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
+  return m > 8 ? 16 : run < 4 || m > 4 ? 8 : m > 1 ? 4 : 1;
 }
 // As many warps as leave room for the activations of usual layers.
 constexpr int stream_warps(int bits, int run, int columns) {
-  return run < 4 ? 8 : bits == 8 || columns == 8 ? 10 : 12;
+  return run < 4 ? 8 : bits == 8 || columns >= 8 ? 10 : 12;
+}
+// With few warps the next kernel's block fits beside this one's and gets ready while it works. That
+// pays where a launch is short, and at 8 bits; else more warps do.
+constexpr int kStreamLightWarps = 8;
+constexpr bool stream_is_light(int columns, int warps) {
+  return columns == 1 && warps == kStreamLightWarps;
 }
 
-template <int BITS, int RUN, int COLS>
+template <int BITS, int RUN, int COLS, int WARPS = stream_warps(BITS, RUN, COLS)>
 struct StreamVariant {
   static constexpr int kRun = RUN;
   static constexpr int kColumns = COLS;
-  static constexpr int kWarps = stream_warps(BITS, RUN, COLS);
+  static constexpr int kWarps = WARPS;
 };
 
 // Calls f with the StreamVariant of a call.
 template <int BITS, typename F>
-void dispatch_stream(int run, int m, const F& f) {
+void dispatch_stream(int run, int m, bool light, const F& f) {
   const int columns = stream_columns(m, run);
   if (run == 4) {
     if (columns == 1) {
-      f(StreamVariant<BITS, 4, 1>{});
+      if constexpr (BITS < 8) {
+        if (!light) return f(StreamVariant<BITS, 4, 1>{});
+      }
+      f(StreamVariant<BITS, 4, 1, kStreamLightWarps>{});
     } else if (columns == 4) {
       f(StreamVariant<BITS, 4, 4>{});
+    } else if (columns == 16) {
+      if constexpr (BITS < 8) f(StreamVariant<BITS, 4, 16>{});
     } else {
       f(StreamVariant<BITS, 4, 8>{});
     }

@@ -23,7 +23,7 @@ def main() -> None:
                 for dtype in (torch.float32, torch.bfloat16):
                     x = torch.randn(m, 328, device=device, dtype=dtype)
                     ops.dequant_matmul(x, *parts, bits=bits, group_size=group_size)
-            for m in (1, 4):
+            for m in (1, 4, 8, 16, 64):
                 y = torch.randn(m, 85, device=device, dtype=torch.float16)
                 ops.dequant_matmul_t(y, *parts, **shape)
     # More tiles than blocks, aligned rows: the copy engine and the asynchronous copies.
@@ -32,6 +32,10 @@ def main() -> None:
     for m in (1, 12, 70, 200):
         x = torch.randn(m, 512, device=device, dtype=torch.bfloat16)
         ops.dequant_matmul(x, codes, scale, None, offset, bits=4, group_size=64)
+    for m in (2, 12, 20, 64):
+        y = torch.randn(m, 4500, device=device, dtype=torch.bfloat16)[:, :4496]
+        parts = (codes[:4496], scale[:4496], None, offset[:4496])
+        ops.dequant_matmul_t(y.contiguous(), *parts, bits=4, group_size=64, in_features=512)
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -64,6 +64,30 @@ def test_many_tiles_a_block(bits, scheme):
         assert_within(matmul_t(y, w), expected, transposed_bound(y64, w, expected, y.dtype))
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 256, -1])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_transposed_routes_against_float64(bits, group_size, dtype):
+    """Few input rows exactly, more on rounded weights, most by way of dense ones; ragged edges."""
+    for rows, k in ((200, 512), (136, 1092), (1001, 100), (4104, 64)):
+        for scheme in ("affine", "asymmetric"):
+            w = random_weight(rows, k, bits, group_size, scheme, torch.float16, "cuda")
+            for m in (1, 2, 3, 8, 9, 16, 33, 64, 65):
+                y = torch.randn(m, rows, device="cuda", dtype=dtype)
+                y64 = y.cpu().double().numpy()
+                expected = y64 @ dequantize64(w)
+                assert_within(matmul_t(y, w), expected, transposed_bound(y64, w, expected, dtype))
+
+
+def test_activations_fill_shared_memory():
+    """Long rows: what is staged of them, and over how many blocks, follows from the room."""
+    for k in (6144, 14336, 28672):
+        for bits in (8, 4, 2):
+            w = random_weight(40, k, bits, 64, "affine", torch.float16, "cuda")
+            for m in (1, 2, 4, 6, 8, 11, 16):
+                check(torch.randn(m, k, device="cuda", dtype=torch.bfloat16), w)
+
+
 def test_results_do_not_vary():
     """Partial sums are added in a fixed order: every run gives the same bits."""
     w = random_weight(300, 8192, 4, 64, "affine", device="cuda")
