@@ -52,6 +52,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in PARTS if args.part == "all" else [args.part] if args.part else []:
+        args.dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.dir, prefix="mkrs-bench-") as folder:
             result = PARTS[part](Path(folder), args)
         result["torch"] = torch.__version__
