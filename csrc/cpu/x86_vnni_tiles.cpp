@@ -29,6 +29,8 @@ namespace {
 // Register arrays live in registers only where every loop over them is unrolled.
 #define MKRS_UNROLL _Pragma("GCC unroll 24")
 
+#include "cpu/x86_vnni_panels.inc"
+
 // ---- lanes ------------------------------------------------------------------------------------
 
 // The instruction by name: around its intrinsic GCC copies and spills the accumulators, at half the
@@ -72,113 +74,6 @@ struct Paired {
     return _mm512_castsi512_ps(_mm512_set1_epi64(two));
   }
 };
-
-// ---- prepared input ---------------------------------------------------------------------------
-
-// Input rows of a panel. A last panel of up to 8 holds each row twice, side by side.
-constexpr int64_t kPanel = 16;
-constexpr int64_t kVector = 64;  // bytes
-
-// A panel, span by span: for every 4 codes that lie together in a tile (a quad) the limbs
-// [limb][lane][4]; then the centring terms [limb][lane] int32, the scales [lane] of the span and
-// the sums [lane] of its group so far.
-inline int64_t span_bytes(int limbs, int64_t span) {
-  return kVector * (limbs * (span / 4 + 1) + 2);
-}
-
-inline bool is_paired(int64_t rows_left) {
-  return rows_left <= kPanel / 2;
-}
-
-// A span's digits in the tile's order: part p of a byte's codes is a run of its own, so quad j of
-// part p holds the codes 4j*parts + p, + parts, ... of the span. One vector; what is past the span
-// is anything.
-inline __m512i order_digits(__m512i digits, int parts, int64_t span) {
-  if (parts == 1) return digits;
-  const __m512i bytes = _mm512_set1_epi32(0x0c080400);
-  if (parts == 4) {
-    // Bytes 0, 4, 8 and 12 of every 16 to its first four, and so on: then dwords by part.
-    const __m512i within = _mm512_shuffle_epi8(
-        digits, _mm512_add_epi8(bytes, _mm512_broadcast_i32x4(
-                                           _mm_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303))));
-    const int shift = span == 64 ? 2 : span == 32 ? 1 : 0;
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    // Dword d of the result is quad d mod (span/16) of part d / (span/16).
-    const __m128i count = _mm_cvtsi32_si128(shift);
-    const __m512i part = _mm512_srl_epi32(lane, count);
-    const __m512i quad = _mm512_sub_epi32(lane, _mm512_sll_epi32(part, count));
-    return _mm512_permutexvar_epi32(_mm512_add_epi32(_mm512_slli_epi32(quad, 2), part), within);
-  }
-  // Even bytes of every 16 to its first half, odd ones to its second: then halves by part.
-  const __m512i within = _mm512_shuffle_epi8(
-      digits,
-      _mm512_broadcast_i32x4(_mm_setr_epi32(0x06040200, 0x0e0c0a08, 0x07050301, 0x0f0d0b09)));
-  if (span == 16) return within;
-  const __m512i index = span == 32 ? _mm512_setr_epi64(0, 2, 1, 3, 4, 6, 5, 7)
-                                   : _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-  return _mm512_permutexvar_epi64(index, within);
-}
-
-// Sixteen vectors of sixteen dwords, rows to columns.
-inline void transpose(__m512i (&v)[16]) {
-  __m512i t[16];
-  MKRS_UNROLL for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  MKRS_UNROLL for (int i = 0; i < 4; ++i) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  // v[4i + j] holds column 4L + j of rows 4i..4i+3 in its 128-bit lane L.
-  MKRS_UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x44);
-    const __m512i b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xee);
-    const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xee);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-  MKRS_UNROLL for (int i = 0; i < 16; ++i) v[i] = t[i];
-}
-
-void prepare_span(const Span* rows, const MatmulPlan& plan, const QuantizedWeight& w, bool paired,
-                  double* group_sums, bool ends_group, char* out) {
-  const int limbs = plan.limbs;
-  const int64_t quads = plan.span / 4;
-  const int center = center_of(w);
-  int32_t* centre = reinterpret_cast<int32_t*>(out + quads * limbs * kVector);
-  float* scales = reinterpret_cast<float*>(centre + limbs * kPanel);
-  float* sums = scales + kPanel;
-  const int copies = paired ? 2 : 1;
-  for (int64_t i = 0; i < kPanel / copies; ++i) {
-    group_sums[i] += static_cast<double>(rows[i].scale) * rows[i].sum;
-    for (int64_t lane = i * copies; lane < (i + 1) * copies; ++lane) {
-      scales[lane] = rows[i].scale;
-      sums[lane] = static_cast<float>(group_sums[i]);
-    }
-    if (ends_group) group_sums[i] = 0.0;
-  }
-  const __m512i minus_center = _mm512_set1_epi32(-center);
-  for (int l = 0; l < limbs; ++l) {
-    __m512i digits[16];
-    for (int lane = 0; lane < kPanel; ++lane) {
-      digits[lane] =
-          order_digits(_mm512_load_si512(rows[lane / copies].limb[l]), 8 / w.bits, plan.span);
-    }
-    transpose(digits);
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t q = 0; q < quads; ++q) {
-      _mm512_store_si512(out + (q * limbs + l) * kVector, digits[q]);
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), digits[q]);
-    }
-    _mm512_store_si512(centre + l * kPanel, _mm512_mullo_epi32(sum, minus_center));
-  }
-}
 
 // ---- tiles of weights -------------------------------------------------------------------------
 
