@@ -361,7 +361,7 @@ bool rows_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matrix
       for (int64_t i = 0; i < vector_codes; i += plan.span) {
         const int64_t k = v * vector_codes + i;
         const int64_t n = std::min(plan.span, w.in_features - k);
-        const void* source = element(x.data, m * x.stride + k, x.type);
+        const void* source = advance(x.data, m * x.stride + k, x.type);
         // A span past the row's end splits into zeros.
         if (!split_span(source, x.type, n, plan.span, plan.limbs, top, part)) return false;
         for (int l = 0; l < plan.limbs; ++l) {

@@ -469,7 +469,7 @@ bool tiles_prepare(const MatmulPlan& plan, const QuantizedWeight& w, const Matri
       for (int64_t i = 0; i < (paired ? kPanel / 2 : kPanel); ++i) {
         // Past the last input row it repeats; what comes of it is not stored.
         const int64_t row = std::min(m + i, x.rows - 1);
-        const void* source = element(x.data, row * x.stride + k, x.type);
+        const void* source = advance(x.data, row * x.stride + k, x.type);
         if (!split_span(source, x.type, n, plan.span, plan.limbs, top, rows[i])) return false;
       }
       const bool ends_group = k + n == w.in_features || (k + n) % w.group_size == 0;

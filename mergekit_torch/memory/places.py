@@ -11,7 +11,6 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.rows import read_rows, row_count, row_layout
-from ..tensor import QuantizedTensor
 from .arena import Block
 from .upload import Target, Uploader
 
@@ -121,18 +120,7 @@ class Places:
         parts = {key: block.tensor(p.offset, p.shape, p.dtype) for key, p in layout.items()}
         if "" in parts:
             return parts[""]
-        q = self._checkpoint._entry(name).quantization
-        assert q is not None
-        return QuantizedTensor(
-            parts["codes"],
-            parts["scale"],
-            parts.get("zero_point"),
-            parts.get("offset"),
-            bits=q.bits,
-            group_size=q.group_size,
-            in_features=q.in_features,
-            dtype=q.dtype,
-        )
+        return self._checkpoint._quantized(self._checkpoint._entry(name), parts)
 
 
 def total(layout: dict[str, Part]) -> int:
