@@ -7,6 +7,7 @@
 // Floor for few rows: codes and scales read once over the memory bandwidth. Each lane owns 16
 // columns and walks down the rows with f32 sums, about 3 instructions a weight.
 #include "dequantize_rows.cuh"
+#include "rounded.cuh"
 #include "sum_partials.cuh"
 #include "transposed.cuh"
 
@@ -25,14 +26,11 @@ constexpr int kBlocksPerSm = 2;
 constexpr int kMostPasses = 2;
 constexpr int kMostTransposedPasses = 1;
 
-// Codes become floats by placing them high in the mantissa of a constant: element() is
-// (q + kBias) * kFactor exactly. The bias is of the codes' own size and taken away in the end,
-// except for f32 inputs: there it would show where a zero term cancels scale * q.
+// A lane's codes as elements (rounded.cuh). Their bias is of the codes' own size and taken away in
+// the end, except for f32 inputs: there it would show where a zero term cancels scale * q.
 template <int BITS>
 struct Lane {
   static constexpr int kWords = BITS / 2;
-  static constexpr float kBias = BITS == 8 ? 0.0f : BITS == 4 ? 16.0f : 4.0f;
-  static constexpr float kInverseFactor = BITS == 8 ? 1.0f : 2.0f;
   uint32_t words[kWords];
 
   __device__ __forceinline__ void load(const uint8_t* p, bool vector, int bytes) {
@@ -57,34 +55,7 @@ struct Lane {
   }
 
   __device__ __forceinline__ void elements(float (&v)[kColumns]) const {
-    if constexpr (BITS == 8) {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const uint32_t bits = __byte_perm(words[i / 4], 0x4bu, 0x4550 + i % 4);
-        v[i] = __uint_as_float(bits) - 8388608.0f;
-      }
-    } else if constexpr (BITS == 4) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        const uint32_t even = (words[i] << 3) & 0x78787878u;
-        const uint32_t odd = (words[i] >> 1) & 0x78787878u;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {  // 8 + q / 2
-          v[8 * i + 2 * j] = __uint_as_float(__byte_perm(even, 0x41u, 0x4055 + (j << 8)));
-          v[8 * i + 2 * j + 1] = __uint_as_float(__byte_perm(odd, 0x41u, 0x4055 + (j << 8)));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const uint32_t shifted = c < 3 ? words[0] << (5 - 2 * c) : words[0] >> 1;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {  // 2 + q / 2
-          v[4 * j + c] =
-              __uint_as_float(__byte_perm(shifted & 0x60606060u, 0x40u, 0x4055 + (j << 8)));
-        }
-      }
-    }
+    code_elements<BITS>(words, v);
   }
 };
 
@@ -139,15 +110,15 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerSm) matmul_t_kernel(con
         codes[u].elements(v);
         if constexpr (kPlain) {
 #pragma unroll
-          for (int i = 0; i < kColumns; ++i) v[i] -= Lane<BITS>::kBias / Lane<BITS>::kInverseFactor;
+          for (int i = 0; i < kColumns; ++i) v[i] -= kElementBias<BITS> / kElementFactor<BITS>;
         }
         const Group g = finish_group(w, groups[u]);
-        const float bias = kPlain ? 0.0f : Lane<BITS>::kBias;
+        const float bias = kPlain ? 0.0f : kElementBias<BITS>;
         const float shift = fmaf(g.scale, -(bias + g.zero), g.offset);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           const float input = to_float(inputs[u][m]);
-          const float scaled = input * g.scale * Lane<BITS>::kInverseFactor;
+          const float scaled = input * g.scale * kElementFactor<BITS>;
           shifts[m] = fmaf(input, shift, shifts[m]);
 #pragma unroll
           for (int i = 0; i < kColumns; ++i) acc[m][i] = fmaf(scaled, v[i], acc[m][i]);
