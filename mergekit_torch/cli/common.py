@@ -138,22 +138,22 @@ def rewrite_by_ranks(
 ) -> bool:
     """:func:`rewrite` by all processes of a ``torchrun`` job; whether this is the first one."""
     # torch.distributed takes a second to import.
-    from ..parallel.convert import connect, plan_work, rewrite_on_ranks
+    from ..parallel.convert import connected, plan_work, rewrite_on_ranks
 
-    rank, world = connect()
-    plan = plan_work(source, specs, world, args.out_shard_size)
-    own = [plan.files[name] for name, owner in plan.owners.items() if owner == rank]
-    total = sum(source.info(name).nbytes for part in own for name in part)
-    with progress_bar(total if rank == 0 else 0, description) as bar:
-        rewrite_on_ranks(
-            source,
-            args.target,
-            specs,
-            plan,
-            budget=args.budget,
-            resume=args.resume,
-            progress=bar.update if rank == 0 else None,
-        )
+    with connected() as (rank, world):
+        plan = plan_work(source, specs, world, args.out_shard_size)
+        own = [plan.files[name] for name, owner in plan.owners.items() if owner == rank]
+        total = sum(source.info(name).nbytes for part in own for name in part)
+        with progress_bar(total if rank == 0 else 0, description) as bar:
+            rewrite_on_ranks(
+                source,
+                args.target,
+                specs,
+                plan,
+                budget=args.budget,
+                resume=args.resume,
+                progress=bar.update if rank == 0 else None,
+            )
     return rank == 0
 
 

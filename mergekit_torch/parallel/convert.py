@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..checkpoint.writer import parse_size
 from ..memory import rewrite_checkpoint
 from .files import _write_json
 
-__all__ = ["WorkPlan", "connect", "plan_work", "rewrite_on_ranks"]
+__all__ = ["WorkPlan", "connected", "plan_work", "rewrite_on_ranks"]
 
 #: Where files wait, below the target, until all of them are there.
 STAGING = ".mkrs-parts"
@@ -84,15 +85,23 @@ def _spread(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     return owner
 
 
-def connect() -> tuple[int, int]:
-    """Join the other processes of a ``torchrun`` job; rank and world.
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[int, int]]:
+    """Join the other processes of a ``torchrun`` job for a while; gives rank and world.
 
     Processes only wait for one another, so they talk by gloo, and a slow one is waited for: that
-    one has ended shows at once, by its closed connection.
+    one has ended shows at once, by its closed connection. A process group that is there already is
+    used, and left as it is. One that is made here is destroyed here: gloo's threads must have ended
+    before the process does, or it may abort on its way out.
     """
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(hours=24))
-    return dist.get_rank(), dist.get_world_size()
+    if dist.is_initialized():
+        yield dist.get_rank(), dist.get_world_size()
+        return
+    dist.init_process_group("gloo", timeout=timedelta(hours=24))
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
 
 
 def rewrite_on_ranks(

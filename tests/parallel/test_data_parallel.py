@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_ranks
 
 from mergekit_torch import QuantizeConfig, open_checkpoint, save_checkpoint
 from mergekit_torch.cli import quantize as quantize_command
 from mergekit_torch.cli.main import main
-from mergekit_torch.parallel.convert import STAGING, plan_work, rewrite_on_ranks
+from mergekit_torch.parallel.convert import STAGING, connected, plan_work, rewrite_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,22 @@ def test_failed_rank(floats: Path, tmp_path: Path) -> None:
     assert second.startswith("BudgetError")
     with pytest.raises(AssertionError, match="several ranks write a directory"):
         run_ranks(2, convert, floats, tmp_path / "x.safetensors")
+
+
+def test_process_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A process that ends with a group of gloo's may abort on its way out.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with connected() as ours:
+        assert ours == (0, 1)
+        with connected() as again:
+            assert again == (0, 1)
+        assert dist.is_initialized()  # whoever made it ends it
+    assert not dist.is_initialized()
+    with pytest.raises(OSError, match="disk full"), connected():
+        raise OSError("disk full")
+    assert not dist.is_initialized()
 
 
 def test_torchrun(floats: Path, expected: Path, tmp_path: Path) -> None:
