@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import mergekit_torch  # noqa: F401  (registers the ops)
+from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, gguf_unpack
 
 RESULTS = Path(__file__).with_name("results")
 ROTATE_BYTES = 400 << 20  # several times any L2
@@ -160,10 +160,10 @@ def copies(bytes_each: int) -> int:
 class Bench:
     """Collects rows and prints them as they come."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
         self.environment = environment()
-        self.rows: list[dict[str, Any]] = []
+        self.rows = list(kept)
         self.read_kernel = torch.cuda._compile_kernel(READ_SOURCE, "read_bytes")
         self.reads: dict[int, Timing] = {}
 
@@ -176,7 +176,12 @@ class Bench:
             "us_median": round(timing.median, 2),
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in extra.items()},
         }
-        self.rows.append(row)
+        key = ("op", "shape", "m")
+        same = [i for i, old in enumerate(self.rows) if all(old[k] == row[k] for k in key)]
+        if same:
+            self.rows[same[0]] = row
+        else:
+            self.rows.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         # After every row: a run that is cut off keeps what it has.
         document = {"environment": self.environment, "skipped": skipped(), "rows": self.rows}
@@ -306,6 +311,7 @@ class Bench:
         self.add("matmul bfloat16", "8192x8192x8192", 0, timing, tflops=tflops)
 
     def conversions(self, n: int, k: int) -> None:
+        """Ops that only move and convert, against a copy of as many bytes."""
         source = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
         target = torch.empty_like(source[0])
         timing = time_graph([lambda s=s: target.copy_(s) for s in source])  # type: ignore[misc]
@@ -335,6 +341,24 @@ class Bench:
             self.add(
                 "quantize",
                 f"{n}x{k} {bits}bit",
+                0,
+                timing,
+                tb_s=moved / timing.median / 1e6,
+                of_copy=per_byte * moved / timing.median,
+            )
+        for number, layout in GGUF_LAYOUTS.items():
+            row_bytes = k // layout.block * layout.block_bytes
+            files = [
+                torch.randint(0, 256, (n, row_bytes), dtype=torch.uint8, device="cuda")
+                for _ in range(4)
+            ]
+            moved = n * row_bytes + sum(t.nbytes for t in gguf_unpack(files[0], number, n, k))
+            timing = time_graph(
+                [lambda f=f, number=number: gguf_unpack(f, number, n, k) for f in files]  # type: ignore[misc]
+            )
+            self.add(
+                "gguf_unpack",
+                f"{n}x{k} {layout.name}",
                 0,
                 timing,
                 tb_s=moved / timing.median / 1e6,
@@ -376,11 +400,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="limits,decode,f32,prefill,transposed,convert,peers",
         help="comma-separated parts to run",
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="keep the rows of --output that are not measured now (same GPU and versions only)",
+    )
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, got a machine or a torch without CUDA")
     sections = arguments.sections.split(",")
-    bench = Bench(arguments.output)
+    kept: list[dict[str, Any]] = []
+    if arguments.merge:
+        known = json.loads(arguments.output.read_text())
+        if known["environment"] != environment():
+            parser.error(
+                f"{arguments.output} was measured elsewhere: {known['environment']}, here is "
+                f"{environment()}"
+            )
+        kept = known["rows"]
+    bench = Bench(arguments.output, kept)
     up, down, square = (14336, 4096), (4096, 14336), (4096, 4096)
     if "limits" in sections:
         bench.limits()

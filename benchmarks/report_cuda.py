@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/performance-cuda.md"
 PLOT = ROOT / "docs/images/cuda-h100.svg"
@@ -27,6 +29,7 @@ TARGETS = (
     ("dequant_matmul_t bfloat16", [f"{s} 4bit" for s in MLP], 4096, "of_dense", 0.9),
     ("dequantize", [f"{MLP[0]} {b}bit" for b in (8, 4, 2)], 0, "of_copy", 0.85),
     ("quantize", [f"{MLP[0]} {b}bit" for b in (8, 4, 2)], 0, "of_copy", 0.85),
+    ("gguf_unpack", [f"{MLP[0]} {t.name}" for t in GGUF_LAYOUTS.values()], 0, "of_copy", 0.85),
 )
 AGAINST = {"of_read": "of the pure read", "of_dense": "x dense", "of_copy": "of copy"}
 

@@ -381,7 +381,7 @@ ROW_REGIMES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 64)
 def variant(op: str, *args: Any, **kwargs: Any) -> tuple[Hashable, ...]:
     """What decides which kernel a call runs: device, dtypes, format, alignment, input rows."""
     if op == "gguf_unpack":
-        return (op, args[1])
+        return (op, args[0].device.type, args[1])
     key: list[Hashable] = [op]
     tensors: list[Tensor] = []
     for value in (*args, *kwargs.values()):

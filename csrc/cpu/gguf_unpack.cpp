@@ -7,19 +7,17 @@
 // aligns tensors to 32 bytes at best and blocks of 18, 22, 34, 84 ... bytes to nothing.
 //
 // The layouts are those of ggml's block structs; d, dmin and m are IEEE f16, little endian.
+#include "gguf_unpack.h"
+
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
-#include <tuple>
 
-#include "checks.h"
 #include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 
 namespace mkrs {
 namespace {
-
-constexpr const char* kOp = "gguf_unpack";
 
 uint16_t load16(const uint8_t* p) {
   uint16_t v;
@@ -76,11 +74,9 @@ void unpack_scales_k4(float d, float dmin, const uint8_t* s, float* scale, float
   }
 }
 
-// One struct per GGUF type. `block` is the number of weights in a block of `bytes` bytes; unpack()
-// writes block*bits/8 codes and block/group scales (and offsets when the scheme is affine).
+// One struct per GGUF type; unpack() writes the codes, scales and (affine) offsets of a block.
 struct Q4_0 {
-  static constexpr int block = 32, bytes = 18, bits = 4, group = 32;
-  static constexpr Scheme scheme = Scheme::Symmetric;
+  static constexpr gguf::Layout layout = gguf::Q4_0;
   using Scale = uint16_t;  // the bits of an f16
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale*) {
     *scale = load16(b);
@@ -89,8 +85,7 @@ struct Q4_0 {
 };
 
 struct Q4_1 {
-  static constexpr int block = 32, bytes = 20, bits = 4, group = 32;
-  static constexpr Scheme scheme = Scheme::Affine;
+  static constexpr gguf::Layout layout = gguf::Q4_1;
   using Scale = uint16_t;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale* offset) {
     *scale = load16(b);
@@ -100,8 +95,7 @@ struct Q4_1 {
 };
 
 struct Q5_0 {
-  static constexpr int block = 32, bytes = 22, bits = 8, group = 32;
-  static constexpr Scheme scheme = Scheme::Symmetric;
+  static constexpr gguf::Layout layout = gguf::Q5_0;
   using Scale = uint16_t;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale*) {
     *scale = load16(b);
@@ -110,8 +104,7 @@ struct Q5_0 {
 };
 
 struct Q5_1 {
-  static constexpr int block = 32, bytes = 24, bits = 8, group = 32;
-  static constexpr Scheme scheme = Scheme::Affine;
+  static constexpr gguf::Layout layout = gguf::Q5_1;
   using Scale = uint16_t;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale* offset) {
     *scale = load16(b);
@@ -121,8 +114,7 @@ struct Q5_1 {
 };
 
 struct Q8_0 {
-  static constexpr int block = 32, bytes = 34, bits = 8, group = 32;
-  static constexpr Scheme scheme = Scheme::Symmetric;
+  static constexpr gguf::Layout layout = gguf::Q8_0;
   using Scale = uint16_t;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale*) {
     *scale = load16(b);
@@ -131,8 +123,7 @@ struct Q8_0 {
 };
 
 struct Q2_K {
-  static constexpr int block = 256, bytes = 84, bits = 2, group = 16;
-  static constexpr Scheme scheme = Scheme::Affine;
+  static constexpr gguf::Layout layout = gguf::Q2_K;
   using Scale = float;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale* offset) {
     const uint8_t* qs = b + 16;
@@ -156,8 +147,7 @@ struct Q2_K {
 };
 
 struct Q3_K {
-  static constexpr int block = 256, bytes = 110, bits = 4, group = 16;
-  static constexpr Scheme scheme = Scheme::Symmetric;
+  static constexpr gguf::Layout layout = gguf::Q3_K;
   using Scale = float;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale*) {
     const uint8_t *hmask = b, *qs = b + 32, *s = b + 96;
@@ -182,8 +172,7 @@ struct Q3_K {
 };
 
 struct Q4_K {
-  static constexpr int block = 256, bytes = 144, bits = 4, group = 32;
-  static constexpr Scheme scheme = Scheme::Affine;
+  static constexpr gguf::Layout layout = gguf::Q4_K;
   using Scale = float;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale* offset) {
     unpack_scales_k4(load_half(b), load_half(b + 2), b + 4, scale, offset);
@@ -199,8 +188,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
-  static constexpr int block = 256, bytes = 176, bits = 8, group = 32;
-  static constexpr Scheme scheme = Scheme::Affine;
+  static constexpr gguf::Layout layout = gguf::Q5_K;
   using Scale = float;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale* offset) {
     unpack_scales_k4(load_half(b), load_half(b + 2), b + 4, scale, offset);
@@ -217,8 +205,7 @@ struct Q5_K {
 };
 
 struct Q6_K {
-  static constexpr int block = 256, bytes = 210, bits = 8, group = 16;
-  static constexpr Scheme scheme = Scheme::Symmetric;
+  static constexpr gguf::Layout layout = gguf::Q6_K;
   using Scale = float;
   static void unpack(const uint8_t* b, uint8_t* codes, Scale* scale, Scale*) {
     const uint8_t *ql = b, *qh = b + 128, *s = b + 192;
@@ -243,87 +230,36 @@ struct Q6_K {
 };
 
 template <typename Type>
-std::tuple<Tensor, Tensor, Tensor> unpack(const char* name, const Tensor& blocks, int64_t rows,
-                                          int64_t in_features) {
-  MKRS_CHECK(in_features % Type::block == 0, kOp, "in_features must be a multiple of ", Type::block,
-             " for ", name, ", got ", in_features);
-  const int64_t row_blocks = in_features / Type::block;
-  MKRS_CHECK(blocks.size(0) == rows && blocks.size(1) % Type::bytes == 0 &&
-                 blocks.size(1) / Type::bytes == row_blocks,
-             kOp, "blocks must have shape [", rows, ", ", row_blocks, "*", Type::bytes, "] for ",
-             name, ", got ", shape_string(blocks));
-  constexpr bool is_float = std::is_same_v<typename Type::Scale, float>;
-  constexpr ScalarType scale_type = is_float ? ScalarType::Float : ScalarType::Half;
-  constexpr int64_t groups = Type::block / Type::group;
-  constexpr int64_t out_bytes = Type::block * Type::bits / 8;
-  constexpr bool affine = Type::scheme == Scheme::Affine;
-
-  Tensor codes = empty_on(blocks, {rows, row_blocks * out_bytes}, ScalarType::Byte);
-  Tensor scale = empty_on(blocks, {rows, row_blocks * groups}, scale_type);
-  Tensor zero = affine ? empty_on(blocks, {rows, row_blocks * groups}, scale_type)
-                       : empty_on(blocks, {0}, ScalarType::Byte);
-  const int64_t total = rows * row_blocks;
-  if (total == 0) return {codes, scale, zero};
-
-  const auto* src = static_cast<const uint8_t*>(blocks.const_data_ptr());
-  const int64_t src_stride = rows > 1 ? blocks.stride(0) : 0;
-  cpu::prefer_huge_pages(codes.mutable_data_ptr(), codes.numel());
-  auto* dst = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  auto* dst_scale = static_cast<typename Type::Scale*>(scale.mutable_data_ptr());
-  auto* dst_zero = affine ? static_cast<typename Type::Scale*>(zero.mutable_data_ptr()) : nullptr;
+void unpack(const gguf::Unpacking& call) {
+  using Scale = typename Type::Scale;
+  constexpr gguf::Layout layout = Type::layout;
+  const auto* src = static_cast<const uint8_t*>(call.blocks.const_data_ptr());
+  cpu::prefer_huge_pages(call.codes.mutable_data_ptr(), call.codes.numel());
+  auto* codes = static_cast<uint8_t*>(call.codes.mutable_data_ptr());
+  auto* scale = static_cast<Scale*>(call.scale.mutable_data_ptr());
+  auto* zero = layout.affine() ? static_cast<Scale*>(call.zero.mutable_data_ptr()) : nullptr;
   // Over blocks, not rows: one very long row is split as well. 64 KiB of input a task at least.
-  constexpr int64_t grain = 65536 / Type::bytes;
-  cpu::parallel_grains(total, grain, [&](int64_t begin, int64_t end) {
-    int64_t row = begin / row_blocks, column = begin % row_blocks;
+  constexpr int64_t grain = 65536 / layout.bytes;
+  cpu::parallel_grains(call.count(), grain, [&](int64_t begin, int64_t end) {
+    int64_t row = begin / call.row_blocks, column = begin % call.row_blocks;
     for (int64_t i = begin; i < end;) {
-      const uint8_t* row_src = src + row * src_stride;
-      for (; column < row_blocks && i < end; ++column, ++i) {
-        Type::unpack(row_src + column * Type::bytes, dst + i * out_bytes, dst_scale + i * groups,
-                     affine ? dst_zero + i * groups : nullptr);
+      const uint8_t* row_src = src + row * call.row_stride;
+      for (; column < call.row_blocks && i < end; ++column, ++i) {
+        Type::unpack(row_src + column * layout.bytes, codes + i * layout.codes(),
+                     scale + i * layout.groups(),
+                     layout.affine() ? zero + i * layout.groups() : nullptr);
       }
       column = 0;
       ++row;
     }
   });
-  return {codes, scale, zero};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gguf_unpack(Tensor blocks, int64_t ggml_type, int64_t rows,
-                                               int64_t in_features) {
-  MKRS_CHECK(blocks.scalar_type() == ScalarType::Byte, kOp, "blocks must be uint8, got ",
-             dtype_name(blocks.scalar_type()));
-  MKRS_CHECK(blocks.dim() == 2, kOp, "blocks must have 2 dimensions [rows, row_bytes], got ",
-             shape_string(blocks));
-  MKRS_CHECK(rows >= 0, kOp, "rows must not be negative, got ", rows);
-  MKRS_CHECK(in_features >= 0, kOp, "in_features must not be negative, got ", in_features);
-  if (blocks.size(1) > 1 && blocks.stride(1) != 1) blocks = torch::stable::contiguous(blocks);
-  switch (ggml_type) {
-    case 2:
-      return unpack<Q4_0>("Q4_0", blocks, rows, in_features);
-    case 3:
-      return unpack<Q4_1>("Q4_1", blocks, rows, in_features);
-    case 6:
-      return unpack<Q5_0>("Q5_0", blocks, rows, in_features);
-    case 7:
-      return unpack<Q5_1>("Q5_1", blocks, rows, in_features);
-    case 8:
-      return unpack<Q8_0>("Q8_0", blocks, rows, in_features);
-    case 10:
-      return unpack<Q2_K>("Q2_K", blocks, rows, in_features);
-    case 11:
-      return unpack<Q3_K>("Q3_K", blocks, rows, in_features);
-    case 12:
-      return unpack<Q4_K>("Q4_K", blocks, rows, in_features);
-    case 13:
-      return unpack<Q5_K>("Q5_K", blocks, rows, in_features);
-    case 14:
-      return unpack<Q6_K>("Q6_K", blocks, rows, in_features);
-    default:
-      fail(kOp,
-           "ggml_type must be one of Q4_0 (2), Q4_1 (3), Q5_0 (6), Q5_1 (7), Q8_0 (8), Q2_K "
-           "(10), Q3_K (11), Q4_K (12), Q5_K (13), Q6_K (14), got ",
-           ggml_type);
-  }
+std::tuple<Tensor, Tensor, Tensor> gguf_unpack(const Tensor& blocks, int64_t ggml_type,
+                                               int64_t rows, int64_t in_features) {
+  return gguf::dispatch<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>(
+      blocks, ggml_type, rows, in_features,
+      [](auto type, const gguf::Unpacking& call) { unpack<decltype(type)>(call); });
 }
 
 }  // namespace

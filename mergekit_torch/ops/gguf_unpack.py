@@ -74,8 +74,8 @@ def gguf_unpack(
     """Convert GGUF weight blocks into native components, exactly.
 
     Args:
-        blocks: uint8 ``[rows, row_bytes]`` on the CPU, the bytes of the tensor as the file holds
-            them; rows may be strided, and nothing need be aligned.
+        blocks: uint8 ``[rows, row_bytes]`` on a CPU or CUDA device, the bytes of the tensor as the
+            file holds them; rows may be strided, and nothing need be aligned.
         ggml_type: the GGUF type number, a key of :data:`GGUF_LAYOUTS`.
         rows: number of rows N (leading dimensions of the weight, multiplied out).
         in_features: K, a multiple of the type's block.
@@ -89,15 +89,15 @@ def gguf_unpack(
     Raises:
         TypeError: blocks is not a uint8 tensor.
         ValueError: an unknown type, or sizes that do not fit it.
-        NotImplementedError: blocks is not on the CPU.
+        NotImplementedError: blocks is on another kind of device.
 
     Layouts: ggml's ``ggml-common.h`` block structs, checked against the ``gguf`` package.
     """
     _layout(blocks, ggml_type, rows, in_features)
-    if blocks.device.type not in ("cpu", "meta"):
+    if blocks.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
-            f"mkrs::gguf_unpack: blocks must be on the CPU, got a tensor on {blocks.device}; "
-            "unpack first, then move the components"
+            f"mkrs::gguf_unpack: blocks must be on a CPU or CUDA device, got {blocks.device}; "
+            "unpack on the CPU, then move the components"
         )
     return torch.ops.mkrs.gguf_unpack(blocks, ggml_type, rows, in_features)
 

@@ -3,6 +3,7 @@
 import torch
 
 from mergekit_torch import ops
+from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, gguf_unpack
 
 
 def main() -> None:
@@ -36,6 +37,12 @@ def main() -> None:
         y = torch.randn(m, 4500, device=device, dtype=torch.bfloat16)[:, :4496]
         parts = (codes[:4496], scale[:4496], None, offset[:4496])
         ops.dequant_matmul_t(y.contiguous(), *parts, bits=4, group_size=64, in_features=512)
+    for number, layout in GGUF_LAYOUTS.items():
+        for start in (0, 1, 4):  # aligned or not, adjacent or strided rows
+            size = 9 * layout.block_bytes
+            wide = torch.randint(0, 256, (start + 7 * (size + start),), device=device).byte()
+            blocks = wide[start:].view(7, size + start)[:, :size]
+            gguf_unpack(blocks, number, 7, 9 * layout.block)
     torch.cuda.synchronize()
     print("every kernel ran")
 

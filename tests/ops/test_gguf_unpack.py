@@ -72,14 +72,23 @@ def assert_same_bits(actual, expected):
     )
 
 
+@pytest.fixture
+def device(device):
+    if device.type == "mps":
+        pytest.skip("gguf_unpack runs on CPU and CUDA devices")
+    return device
+
+
 @pytest.mark.parametrize("ggml_type", TYPES, ids=IDS)
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "any-bytes"])
-@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 5), (64, 9)])
-def test_bit_exact_against_gguf(ggml_type, finite, rows, blocks):
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 5), (64, 9), (2, 1500)])
+def test_bit_exact_against_gguf(ggml_type, finite, rows, blocks, device):
     layout = GGUF_LAYOUTS[ggml_type]
     k = layout.block * blocks
     data = random_blocks(ggml_type, rows, k, seed=rows * 100 + blocks, finite=finite)
-    codes, scale, zero = gguf_unpack(data, ggml_type, rows, k)
+    result = gguf_unpack(data.to(device), ggml_type, rows, k)
+    assert all(part.device.type == device.type for part in result)
+    codes, scale, zero = (part.cpu() for part in result)
     assert codes.shape == (rows, k * layout.bits // 8)
     assert scale.shape == (rows, k // layout.group_size)
     assert scale.dtype == layout.scale_dtype
@@ -97,35 +106,35 @@ def test_layouts_agree_with_gguf(ggml_type):
 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=IDS)
-def test_reference_matches(ggml_type):
+def test_reference_matches(ggml_type, device):
     k = GGUF_LAYOUTS[ggml_type].block * 3
     data = random_blocks(ggml_type, 7, k, seed=5)
-    for got, want in zip(
-        gguf_unpack(data, ggml_type, 7, k), reference(data, ggml_type, 7, k), strict=True
-    ):
+    result = gguf_unpack(data.to(device), ggml_type, 7, k)
+    for got, want in zip(result, reference(data, ggml_type, 7, k), strict=True):
         assert got.dtype == want.dtype
         assert got.shape == want.shape
-        assert torch.equal(got, want)
+        assert torch.equal(got.cpu(), want)
 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=IDS)
-def test_unaligned_and_strided_blocks(ggml_type):
+@pytest.mark.parametrize(("start", "gap"), [(1, 13), (2, 0), (4, 4), (16, 16)])
+def test_unaligned_and_strided_blocks(ggml_type, start, gap, device):
     layout = GGUF_LAYOUTS[ggml_type]
-    k = layout.block * 2
+    k = layout.block * 9
     data = random_blocks(ggml_type, 5, k, seed=11)
     row_bytes = data.shape[1]
-    want = gguf_unpack(data, ggml_type, 5, k)
-    # Rows of a wider matrix that starts at an odd address.
-    wide = torch.zeros(5 * (row_bytes + 13) + 1, dtype=torch.uint8)
-    view = wide[1:].view(5, row_bytes + 13)[:, 3 : 3 + row_bytes]
+    want = reference(data, ggml_type, 5, k)
+    # Rows of a wider matrix that starts at any address.
+    wide = torch.zeros(5 * (row_bytes + gap) + start, dtype=torch.uint8, device=device)
+    view = wide[start:].view(5, row_bytes + gap)[:, gap // 2 : gap // 2 + row_bytes]
     view.copy_(data)
     for got, expected in zip(gguf_unpack(view, ggml_type, 5, k), want, strict=True):
-        assert torch.equal(got, expected)
+        assert torch.equal(got.cpu(), expected)
     # Bytes that are not adjacent.
-    spread = torch.zeros(5, row_bytes, 2, dtype=torch.uint8)
+    spread = torch.zeros(5, row_bytes, 2, dtype=torch.uint8, device=device)
     spread[..., 0] = data
     for got, expected in zip(gguf_unpack(spread[..., 0], ggml_type, 5, k), want, strict=True):
-        assert torch.equal(got, expected)
+        assert torch.equal(got.cpu(), expected)
 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=IDS)
@@ -144,8 +153,9 @@ def test_one_and_many_threads_agree(ggml_type):
 
 
 @pytest.mark.parametrize(("rows", "k"), [(0, 256), (4, 0), (0, 0)])
-def test_empty(rows, k):
-    codes, scale, zero = gguf_unpack(torch.empty(rows, k // 256 * 144).byte(), 12, rows, k)
+def test_empty(rows, k, device):
+    blocks = torch.empty(rows, k // 256 * 144, dtype=torch.uint8, device=device)
+    codes, scale, zero = gguf_unpack(blocks, 12, rows, k)
     assert codes.shape == (rows, k // 2)
     assert scale.shape == zero.shape == (rows, k // 32)
 
@@ -177,13 +187,14 @@ def test_bad_arguments():
         ((99, 2, 32), "ggml_type must be one of"),
     ],
 )
-def test_the_op_itself_checks(args, message):
+def test_the_op_itself_checks(args, message, device):
+    blocks = torch.zeros(2, 18, dtype=torch.uint8, device=device)
     with pytest.raises(RuntimeError, match=f"mkrs::gguf_unpack: .*{message}"):
-        torch.ops.mkrs.gguf_unpack(torch.zeros(2, 18, dtype=torch.uint8), *args)
+        torch.ops.mkrs.gguf_unpack(blocks, *args)
 
 
-def test_opcheck():
-    data = random_blocks(12, 3, 512, seed=1)
+def test_opcheck(device):
+    data = random_blocks(12, 3, 512, seed=1).to(device)
     torch.library.opcheck(torch.ops.mkrs.gguf_unpack.default, (data, 12, 3, 512))
-    data = random_blocks(2, 3, 64, seed=1)
+    data = random_blocks(2, 3, 64, seed=1).to(device)
     torch.library.opcheck(torch.ops.mkrs.gguf_unpack.default, (data, 2, 3, 64))

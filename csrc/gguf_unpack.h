@@ -1,0 +1,98 @@
+// GGUF's block types and the native format each maps onto without loss; the checks of gguf_unpack.
+// Sizes are those of ggml's block structs (ggml-common.h).
+#pragma once
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace mkrs::gguf {
+
+constexpr const char* kOp = "gguf_unpack";
+
+struct Layout {
+  const char* name;
+  int type;       // the number that files hold
+  int block;      // weights in a block
+  int bytes;      // of a block
+  int bits;       // of a native code
+  int group;      // weights of a native scale
+  Scheme scheme;  // symmetric or affine
+  Float scale;    // element type of native scales and offsets
+  constexpr int groups() const { return block / group; }
+  constexpr int codes() const { return block * bits / 8; }  // bytes of native codes
+  constexpr bool affine() const { return scheme == Scheme::Affine; }
+};
+
+inline constexpr Layout Q4_0{"Q4_0", 2, 32, 18, 4, 32, Scheme::Symmetric, Float::F16};
+inline constexpr Layout Q4_1{"Q4_1", 3, 32, 20, 4, 32, Scheme::Affine, Float::F16};
+inline constexpr Layout Q5_0{"Q5_0", 6, 32, 22, 8, 32, Scheme::Symmetric, Float::F16};
+inline constexpr Layout Q5_1{"Q5_1", 7, 32, 24, 8, 32, Scheme::Affine, Float::F16};
+inline constexpr Layout Q8_0{"Q8_0", 8, 32, 34, 8, 32, Scheme::Symmetric, Float::F16};
+inline constexpr Layout Q2_K{"Q2_K", 10, 256, 84, 2, 16, Scheme::Affine, Float::F32};
+inline constexpr Layout Q3_K{"Q3_K", 11, 256, 110, 4, 16, Scheme::Symmetric, Float::F32};
+inline constexpr Layout Q4_K{"Q4_K", 12, 256, 144, 4, 32, Scheme::Affine, Float::F32};
+inline constexpr Layout Q5_K{"Q5_K", 13, 256, 176, 8, 32, Scheme::Affine, Float::F32};
+inline constexpr Layout Q6_K{"Q6_K", 14, 256, 210, 8, 16, Scheme::Symmetric, Float::F32};
+
+// A call with its outputs: rows of whole blocks, adjacent within a row.
+struct Unpacking {
+  Tensor blocks, codes, scale, zero;
+  int64_t rows, row_blocks;
+  int64_t row_stride;  // bytes from row to row of `blocks`
+
+  int64_t count() const { return rows * row_blocks; }
+  std::tuple<Tensor, Tensor, Tensor> result() const { return {codes, scale, zero}; }
+};
+
+inline Unpacking prepare(const Layout& layout, const Tensor& blocks, int64_t rows,
+                         int64_t in_features) {
+  MKRS_CHECK(in_features % layout.block == 0, kOp, "in_features must be a multiple of ",
+             layout.block, " for ", layout.name, ", got ", in_features);
+  const int64_t row_blocks = in_features / layout.block;
+  MKRS_CHECK(blocks.size(0) == rows && blocks.size(1) % layout.bytes == 0 &&
+                 blocks.size(1) / layout.bytes == row_blocks,
+             kOp, "blocks must have shape [", rows, ", ", row_blocks, "*", layout.bytes, "] for ",
+             layout.name, ", got ", shape_string(blocks));
+  const bool adjacent = blocks.size(1) <= 1 || blocks.stride(1) == 1;
+  const Tensor usable = adjacent ? blocks : torch::stable::contiguous(blocks);
+  const ScalarType type = scalar_type(layout.scale);
+  const auto empty = [&](std::vector<int64_t> sizes, ScalarType dtype) {
+    return empty_on(blocks, sizes, dtype);
+  };
+  return {usable,
+          empty({rows, row_blocks * layout.codes()}, ScalarType::Byte),
+          empty({rows, row_blocks * layout.groups()}, type),
+          layout.affine() ? empty({rows, row_blocks * layout.groups()}, type)
+                          : empty({0}, ScalarType::Byte),
+          rows,
+          row_blocks,
+          rows > 1 ? usable.stride(0) : 0};
+}
+
+// Calls run(type) with the one of `Types` whose layout has the number; a type is a struct with a
+// member `layout`.
+template <typename... Types, typename Run>
+std::tuple<Tensor, Tensor, Tensor> dispatch(const Tensor& blocks, int64_t ggml_type, int64_t rows,
+                                            int64_t in_features, Run&& run) {
+  MKRS_CHECK(blocks.scalar_type() == ScalarType::Byte, kOp, "blocks must be uint8, got ",
+             dtype_name(blocks.scalar_type()));
+  MKRS_CHECK(blocks.dim() == 2, kOp, "blocks must have 2 dimensions [rows, row_bytes], got ",
+             shape_string(blocks));
+  MKRS_CHECK(rows >= 0, kOp, "rows must not be negative, got ", rows);
+  MKRS_CHECK(in_features >= 0, kOp, "in_features must not be negative, got ", in_features);
+  std::optional<Unpacking> done;
+  const auto attempt = [&](auto type) {
+    if (decltype(type)::layout.type != ggml_type) return false;
+    done = prepare(decltype(type)::layout, blocks, rows, in_features);
+    if (done->count() > 0) run(type, *done);
+    return true;
+  };
+  if ((attempt(Types{}) || ...)) return done->result();
+  std::ostringstream known;
+  const char* comma = "";
+  ((known << comma << Types::layout.name << " (" << Types::layout.type << ")", comma = ", "), ...);
+  fail(kOp, "ggml_type must be one of ", known.str(), ", got ", ggml_type);
+}
+
+}  // namespace mkrs::gguf
