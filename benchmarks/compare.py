@@ -137,12 +137,20 @@ def numpy_quantize(w: np.ndarray) -> tuple[np.ndarray, ...]:
     return q[:, ::2] | (q[:, 1::2] << 4), scale[..., 0].astype(np.float16), low[..., 0]
 
 
-def numpy_dequantize(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+def numpy_dequantize(
+    codes: np.ndarray, scale: np.ndarray, offset: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
     """The inverse of :func:`numpy_quantize`."""
     q = np.empty((codes.shape[0], codes.shape[1] * 2), np.uint8)
     q[:, ::2], q[:, 1::2] = codes & 15, codes >> 4
-    g = q.reshape(codes.shape[0], -1, GROUP).astype(np.float32)
-    return (g * scale[..., None].astype(np.float32) + offset[..., None]).reshape(q.shape)
+    g = q.reshape(codes.shape[0], -1, GROUP)
+    factor = scale[..., None].astype(np.float32)
+    if out is None:
+        return (g.astype(np.float32) * factor + offset[..., None]).reshape(q.shape)
+    target = out.reshape(g.shape)
+    np.multiply(g, factor, out=target, dtype=np.float32)
+    target += offset[..., None]
+    return out
 
 
 def once(call: Callable[[], Any]) -> Callable[[int], Any]:
@@ -161,6 +169,7 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
     code_bytes = codes.numel() + 4 * scale.numel()
     form: dict[str, Any] = {"bits": 4, "group_size": GROUP, "in_features": k}
     tokens = torch.randint(0, n, (4096,))
+    dense = torch.empty_like(w)
 
     def transposed(grad: torch.Tensor, i: int) -> torch.Tensor:
         return ops.dequant_matmul_t(grad, codes, scale, None, offset, **form)
@@ -176,6 +185,18 @@ def storage_cases(threads: int, seconds: float) -> list[dict[str, Any]]:
             lambda i: ops.dequantize(codes, scale, None, offset, **form, dtype=torch.float32),
         ),
         ("dequantize", "NumPy", moved, lambda i: numpy_dequantize(*parts)),
+        (
+            "dequantize(out=)",
+            "mkrs",
+            moved,
+            lambda i: ops.dequantize(codes, scale, None, offset, **form, out=dense),
+        ),
+        (
+            "dequantize(out=)",
+            "NumPy",
+            moved,
+            lambda i: numpy_dequantize(*parts, out=dense.numpy()),
+        ),
         *(
             (
                 f"dequant_matmul_t, {m} rows",

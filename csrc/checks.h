@@ -241,6 +241,19 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), type);
 }
 
+// An output that the caller gives: contiguous, [..., N, in_features] beside codes [..., N, bytes].
+inline Float check_out(const char* op, const Tensor& out, const Tensor& codes,
+                       int64_t in_features) {
+  check_device(op, "out", out, codes, "codes");
+  const std::vector<int64_t> sizes = sizes_with_last(codes, in_features);
+  bool same = out.dim() == codes.dim();
+  for (int64_t i = 0; same && i < out.dim(); ++i) same = out.size(i) == sizes[i];
+  MKRS_CHECK(same, op, "out must have the shape of codes with in_features (", in_features,
+             ") columns, got ", shape_string(out), " for codes ", shape_string(codes));
+  MKRS_CHECK(out.is_contiguous(), op, "out must be contiguous, got strides of another kind");
+  return check_float(op, "out", out.scalar_type());
+}
+
 // The arguments of `quantize`, checked, with its uninitialized outputs on the weight's device.
 struct QuantizeArgs {
   Scheme scheme;

@@ -9,6 +9,10 @@ STABLE_TORCH_LIBRARY(mkrs, m) {
   m.def(
       "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? offset, int bits, "
       "int group_size, SymInt in_features, ScalarType dtype) -> Tensor");
+  // dequantize(out=): mutates and returns nothing, the form that functionalization understands.
+  m.def(
+      "dequantize_into(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? offset, int bits, "
+      "int group_size, SymInt in_features, Tensor(a!) out) -> ()");
   m.def(
       "dequant_matmul(Tensor input, Tensor codes, Tensor scale, Tensor? zero_point, "
       "Tensor? offset, Tensor? bias, int bits, int group_size, str compute=\"exact\") -> Tensor");

@@ -240,6 +240,22 @@ def check_dequantize(
     return _equal(flat[rows], torch.from_numpy(oracle.dequantize32(w)).to(dtype))
 
 
+def check_dequantize_into(
+    result: None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    offset: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out: Tensor,
+) -> float | None:
+    """What ``dequantize_into`` has left in ``out``, bit for bit."""
+    form = (bits, group_size, in_features, out.dtype)
+    return check_dequantize(out, codes, scale, zero_point, offset, *form)
+
+
 def check_embedding(
     result: Tensor,
     indices: Tensor,
@@ -363,6 +379,7 @@ def check_gguf_unpack(
 CHECKS: dict[str, Callable[..., float | None]] = {
     "quantize": check_quantize,
     "dequantize": check_dequantize,
+    "dequantize_into": check_dequantize_into,
     "dequant_matmul": check_matmul,
     "dequant_matmul_many": check_matmul_many,
     "dequant_matmul_t": check_matmul_t,

@@ -7,6 +7,12 @@ namespace mkrs {
 namespace {
 
 // Floor: codes, scales and the output each moved once over the memory bandwidth.
+void write(const QuantizedWeight& w, const cpu::Output& out) {
+  cpu::parallel_items(w.rows, w.in_features, [&](int64_t begin, int64_t end) {
+    cpu::kernels().dequantize_rows(w, nullptr, begin, end, out);
+  });
+}
+
 Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero_point,
                   const std::optional<Tensor>& offset, int64_t bits, int64_t group_size,
                   int64_t in_features, ScalarType dtype) {
@@ -15,13 +21,19 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
       check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
   const Float type = check_float(op, "dtype", dtype);
   Tensor result = empty_on(codes, sizes_with_last(codes, in_features), dtype);
-  const cpu::Output out{result.mutable_data_ptr(), in_features, type};
-  const QuantizedWeight& w = weight.view;
-  cpu::prefer_huge_pages(out.data, w.rows * in_features * float_size(type));
-  cpu::parallel_items(w.rows, w.in_features, [&](int64_t begin, int64_t end) {
-    cpu::kernels().dequantize_rows(w, nullptr, begin, end, out);
-  });
+  cpu::prefer_huge_pages(result.mutable_data_ptr(), result.numel() * float_size(type));
+  write(weight.view, {result.mutable_data_ptr(), in_features, type});
   return result;
+}
+
+void dequantize_into(const Tensor& codes, const Tensor& scale,
+                     const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
+                     int64_t bits, int64_t group_size, int64_t in_features, Tensor out) {
+  const char* op = "dequantize_into";
+  const WeightArgs weight =
+      check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
+  const Float type = check_out(op, out, codes, in_features);
+  write(weight.view, {out.mutable_data_ptr(), in_features, type});
 }
 
 }  // namespace
@@ -29,4 +41,5 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
 
 STABLE_TORCH_LIBRARY_IMPL(mkrs, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&mkrs::dequantize));
+  m.impl("dequantize_into", TORCH_BOX(&mkrs::dequantize_into));
 }

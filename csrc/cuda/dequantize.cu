@@ -151,9 +151,22 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
   return result;
 }
 
+void dequantize_into(const Tensor& codes, const Tensor& scale,
+                     const std::optional<Tensor>& zero_point, const std::optional<Tensor>& offset,
+                     int64_t bits, int64_t group_size, int64_t in_features, Tensor out) {
+  const char* op = "dequantize_into";
+  const Scope scope(op, codes);
+  const WeightArgs weight =
+      check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
+  const Float type = check_out(op, out, codes, in_features);
+  launch_dequantize_rows(op, weight.view, RowIndex{}, weight.view.rows, out.mutable_data_ptr(),
+                         type, scope.stream());
+}
+
 }  // namespace
 }  // namespace mkrs::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(mkrs, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&mkrs::cuda::dequantize));
+  m.impl("dequantize_into", TORCH_BOX(&mkrs::cuda::dequantize_into));
 }

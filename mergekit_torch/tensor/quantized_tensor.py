@@ -245,24 +245,39 @@ class QuantizedTensor(torch.Tensor):
 
     # --- to float ---------------------------------------------------------------------------
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
         """The dense tensor, as the format defines it to the bit.
 
         Args:
-            dtype: float32, float16 or bfloat16; by default this tensor's ``dtype``.
+            dtype: float32, float16 or bfloat16; by default this tensor's ``dtype``, or that of
+                ``out``.
+            out: a tensor of this one's shape to write to, contiguous (for a transposed tensor: a
+                transposed view of a contiguous one), as for :func:`mergekit_torch.ops.dequantize`.
 
         Returns:
-            A float tensor of this tensor's shape.
+            A float tensor of this tensor's shape; ``out`` if it was given.
 
         Raises:
             TypeError: another dtype.
+            ValueError: ``out`` does not fit.
         """
-        dtype = self.dtype if dtype is None else dtype
-        require_float("dtype", dtype)
         base = self._rows()
         parts = base._parts()
         if base.dim() == 1:
             parts = tuple(None if p is None else p.unsqueeze(0) for p in parts)  # type: ignore[assignment]
+        if out is not None:
+            target = out.transpose(-1, -2) if self.transposed else out
+            ops.dequantize(
+                *parts,
+                bits=base.bits,
+                group_size=base.group_size,
+                in_features=base.in_features,
+                dtype=dtype,
+                out=target.unsqueeze(0) if base.dim() == 1 else target,
+            )
+            return out
+        dtype = self.dtype if dtype is None else dtype
+        require_float("dtype", dtype)
         dense: Tensor = torch.ops.mkrs.dequantize(
             *parts, base.bits, base.group_size, base.in_features, dtype
         )

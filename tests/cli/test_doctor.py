@@ -45,7 +45,7 @@ def test_every_kernel_is_among_the_cases():
         assert (
             {c.op for c in full}
             == {c.op for c in quick}
-            == set(selftest.verify.CHECKS) - {"gguf_unpack"}
+            == set(selftest.verify.CHECKS) - {"gguf_unpack", "dequantize_into"}
         )
         for found in (full, quick):
             kernels = {(c.op, c.regime) for c in found}

@@ -82,3 +82,51 @@ def test_rounding_to_half_precision(device):
     for dtype in (torch.float16, torch.bfloat16):
         got = ops.dequantize(*w.components, bits=8, group_size=16, in_features=64, dtype=dtype)
         assert torch.equal(got.cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_given_output(bits, dtype, device):
+    """Written whole and alone, at any place of its storage."""
+    for shape, k in (((5,), 70), ((2, 3), 64), ((1,), 1), ((0,), 64), ((3,), 0)):
+        w = random_weight((*shape, k) if len(shape) > 1 else shape[0], k, bits, 32, "affine")
+        w = w.to(device)
+        expected = torch.from_numpy(dequantize32(w)).to(dtype)
+        for start in (0, 16) if device.type == "mps" else (0, 1, 16):
+            buffer = torch.full((start + expected.numel() + 16,), 7.0, dtype=dtype, device=device)
+            out = buffer[start : start + expected.numel()].view(expected.shape)
+            form = {"bits": bits, "group_size": 32, "in_features": k}
+            assert ops.dequantize(*w.components, **form, out=out) is out
+            assert torch.equal(out.cpu(), expected)
+            assert (buffer[:start] == 7).all()
+            assert (buffer[start + expected.numel() :] == 7).all()
+
+
+def test_given_output_that_does_not_fit(device):
+    w = random_weight(4, 64, 4, 32, "affine", device=device)
+    form = {"bits": 4, "group_size": 32, "in_features": 64}
+
+    def refused(error, message, out, **more):
+        with pytest.raises(error, match=message):
+            ops.dequantize(*w.components, **form, **more, out=out)
+
+    empty = torch.full((4, 64), 7.0, device=device)
+    refused(ValueError, r"out must have shape \[4, 64\], got \[4, 65\]", torch.empty(4, 65))
+    refused(ValueError, "out must be on the device of codes", torch.empty(4, 64, device="meta"))
+    refused(ValueError, "out must be contiguous", torch.empty(64, 4, device=device).T)
+    refused(ValueError, "must not require gradients", empty.clone().requires_grad_())
+    refused(TypeError, "out must be float32, float16 or bfloat16", empty.int())
+    refused(TypeError, "out must have the dtype torch.float16", empty, dtype=torch.float16)
+    assert (empty == 7).all()
+    op = torch.ops.mkrs.dequantize_into
+    for out, message in (
+        (torch.empty(4, 65, device=device), r"shape of codes with in_features \(64\) columns"),
+        (torch.empty(64, 4, device=device).T, "must be contiguous"),
+        (empty.int(), "must be float32, float16 or bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"mkrs::dequantize_into: out .*{message}"):
+            op(*w.components, 4, 32, 64, out)
+    if device.type == "mps":
+        out = torch.empty(4 * 64 + 1, device=device)[1:].view(4, 64)
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+            op(*w.components, 4, 32, 64, out)

@@ -33,7 +33,7 @@ def changed(result, amount):
     return flat.view(wrong.shape).to(result.device)
 
 
-@pytest.mark.parametrize("op", [op for op in verify.CHECKS if op != "gguf_unpack"])
+@pytest.mark.parametrize("op", sorted({case.op for case in selftest.cases("cpu", quick=True)}))
 def test_right_results_pass_and_wrong_ones_do_not(op, device):
     judged = 0
     for case, arguments in one_of(op, device):
@@ -45,6 +45,16 @@ def test_right_results_pass_and_wrong_ones_do_not(op, device):
             verify.check_call(op, changed(result, 4), arguments)
         judged += 1
     assert judged >= 2
+
+
+def test_dequantize_into_is_checked(device):
+    w = selftest.oracle.random_weight(8, 64, 4, 32, "affine", device=device)
+    out = torch.empty(8, 64, device=device)
+    arguments = (*w.components, 4, 32, 64, out)
+    assert verify.check_call("dequantize_into", OPS.dequantize_into(*arguments), arguments) == 0
+    out[-1, -1] += 1
+    with pytest.raises(verify.VerificationError, match="dequantize_into"):
+        verify.check_call("dequantize_into", None, arguments)
 
 
 def test_gguf_unpack_is_checked(device):

@@ -33,6 +33,22 @@ def test_dequantizes_as_the_format_says(bits, scheme, rows, k):
     torch.testing.assert_close(q.dequantize(), expected, rtol=0, atol=float(step) * 2.0**-23)
 
 
+def test_dequantizes_into_a_given_tensor():
+    q = quantized(24, 100, dtype=torch.bfloat16)
+    out = torch.empty(24, 100, dtype=torch.float16)
+    assert q.dequantize(out=out) is out  # whose dtype counts
+    assert torch.equal(out, q.dequantize(torch.float16))
+    assert q.t().dequantize(out=out.t()).data_ptr() == out.data_ptr()
+    assert torch.equal(out, q.dequantize(torch.float16))
+    row = torch.empty(100, dtype=torch.bfloat16)
+    assert torch.equal(q[3].dequantize(out=row), q.dequantize()[3])
+    assert torch.equal(row, q.dequantize()[3])
+    with pytest.raises(TypeError, match="dtype torch.float32 that is asked for"):
+        q.dequantize(torch.float32, out=out)
+    with pytest.raises(ValueError, match=r"out must have shape \[24, 100\]"):
+        q.dequantize(out=out[:, :64])
+
+
 def test_metadata():
     q = quantized(24, 100, dtype=torch.bfloat16)
     assert (q.bits, q.group_size, q.scheme, q.transposed) == (4, 64, "affine", False)
