@@ -127,7 +127,7 @@ def matmul_case(
     return {**case, "contenders": rows, "skipped": skipped}
 
 
-def numpy_quantize(w: np.ndarray) -> tuple[np.ndarray, ...]:
+def numpy_quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Affine int4, group 64, in plain NumPy: what one would write by hand."""
     g = w.reshape(w.shape[0], -1, GROUP)
     low = g.min(-1, keepdims=True)

@@ -160,7 +160,7 @@ def targets_table(report: dict[str, Any]) -> str:
         ("M=512, int8, of the int8 peak", "48%", of_peak),
     ]
     rows = [[name, goal, *(cell(layer) for layer in layers)] for name, goal, cell in lines]
-    for op in ("quantize", "dequantize"):
+    for op in ("quantize", "dequantize", "dequantize(out=)"):
         seconds = {
             r["name"]: r["seconds"]["min"]
             for r in report["storage"]

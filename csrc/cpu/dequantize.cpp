@@ -6,6 +6,10 @@
 namespace mkrs {
 namespace {
 
+// From here on a result is larger than what last caches keep for a core: 11008 x 4096 floats took
+// 7.2 ms through the caches and 6.6 past them. Results of 16 bits gain nothing.
+constexpr int64_t kPastCache = int64_t{32} << 20;
+
 // Floor: codes, scales and the output each moved once over the memory bandwidth.
 void write(const QuantizedWeight& w, const cpu::Output& out) {
   cpu::parallel_items(w.rows, w.in_features, [&](int64_t begin, int64_t end) {
@@ -22,7 +26,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& scale, const std::optional<
   const Float type = check_float(op, "dtype", dtype);
   Tensor result = empty_on(codes, sizes_with_last(codes, in_features), dtype);
   cpu::prefer_huge_pages(result.mutable_data_ptr(), result.numel() * float_size(type));
-  write(weight.view, {result.mutable_data_ptr(), in_features, type});
+  write(weight.view, {result.mutable_data_ptr(), in_features, type, false});
   return result;
 }
 
@@ -33,7 +37,9 @@ void dequantize_into(const Tensor& codes, const Tensor& scale,
   const WeightArgs weight =
       check_weight(op, codes, scale, zero_point, offset, bits, group_size, in_features);
   const Float type = check_out(op, out, codes, in_features);
-  write(weight.view, {out.mutable_data_ptr(), in_features, type});
+  // Fresh memory is another matter: the system has just cleared it, through the caches.
+  const bool past_cache = type == Float::F32 && out.numel() * 4 >= kPastCache;
+  write(weight.view, {out.mutable_data_ptr(), in_features, type, past_cache});
 }
 
 }  // namespace

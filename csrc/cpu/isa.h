@@ -26,6 +26,7 @@ struct Output {
   void* data = nullptr;
   int64_t stride = 0;
   Float type = Float::F32;
+  bool past_cache = false;  // too large to be found in a cache later; only dequantize_rows asks
 };
 
 enum class Reduction : int { Sum = 0, SumSquares = 1, Amax = 2, Amin = 3, AbsMax = 4 };

@@ -102,6 +102,23 @@ def test_given_output(bits, dtype, device):
             assert (buffer[start + expected.numel() :] == 7).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_large_given_output(bits, device):
+    """CPU kernels store results of 32 MiB and more past the caches, if they are aligned."""
+    if device.type == "mps":
+        pytest.skip("the CPU's stores; too large for the simulator")
+    w = random_weight(2100, 4100, bits, 32, "affine", device=device)
+    form = {"bits": bits, "group_size": 32, "in_features": 4100}
+    expected = ops.dequantize(*w.components, **form)
+    for start in (0, 3):
+        buffer = torch.full((start + expected.numel() + 16,), 7.0, device=device)
+        out = buffer[start : start + expected.numel()].view(expected.shape)
+        ops.dequantize(*w.components, **form, out=out)
+        assert torch.equal(out, expected)
+        assert (buffer[:start] == 7).all()
+        assert (buffer[start + expected.numel() :] == 7).all()
+
+
 def test_given_output_that_does_not_fit(device):
     w = random_weight(4, 64, 4, 32, "affine", device=device)
     form = {"bits": 4, "group_size": 32, "in_features": 64}

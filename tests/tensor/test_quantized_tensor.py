@@ -43,7 +43,7 @@ def test_dequantizes_into_a_given_tensor():
     row = torch.empty(100, dtype=torch.bfloat16)
     assert torch.equal(q[3].dequantize(out=row), q.dequantize()[3])
     assert torch.equal(row, q.dequantize()[3])
-    with pytest.raises(TypeError, match="dtype torch.float32 that is asked for"):
+    with pytest.raises(TypeError, match=r"dtype torch\.float32 that is asked for"):
         q.dequantize(torch.float32, out=out)
     with pytest.raises(ValueError, match=r"out must have shape \[24, 100\]"):
         q.dequantize(out=out[:, :64])
