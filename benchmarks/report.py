@@ -166,7 +166,7 @@ def targets_table(report: dict[str, Any]) -> str:
             for r in report["storage"]
             if (r["op"], r["threads"]) == (op, threads)
         }
-        ratio = f"{seconds['NumPy'] / seconds['mkrs']:.0f}x"
+        ratio = f"{seconds['NumPy'] / seconds['mkrs']:.1f}x"
         rows.append([f"{op}, over NumPy", "10x", ratio, *[""] * (len(layers) - 1)])
     return table(["", "target", *layers], rows)
 
