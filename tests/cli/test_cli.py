@@ -1,7 +1,9 @@
 """The mkrs command: what it prints, writes and refuses, and its exit codes."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_torch import __version__, ops
 from mergekit_torch.checkpoint import open_checkpoint
+from mergekit_torch.cli.common import progress_bar
 from mergekit_torch.cli.main import COMMANDS, main, parser
 
 
@@ -307,3 +310,28 @@ def test_a_closed_pipe_is_no_error(gguf_file):
     )
     assert result.returncode == 0
     assert "Traceback" not in result.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_says_bytes_rate_and_time_left(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar(4 << 20, "quantizing") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: bar.start_t + 2)
+        bar.update(1 << 20)
+        bar.refresh()
+    text = terminal.getvalue()
+    # A quarter in two seconds; tqdm gives rates in decimal units.
+    assert re.search(r"quantizing: +25%.* 1\.00M/4\.00M \[00:02<00:06, 524kB/s\]", text), text
+
+
+def test_progress_is_silent_without_a_terminal(monkeypatch):
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    with progress_bar(4 << 20, "quantizing") as bar:
+        bar.update(1 << 20)
+    assert pipe.getvalue() == ""
