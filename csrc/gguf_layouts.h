@@ -31,4 +31,19 @@ inline constexpr Layout Q4_K{"Q4_K", 12, 256, 144, 4, 32, Scheme::Affine, Float:
 inline constexpr Layout Q5_K{"Q5_K", 13, 256, 176, 8, 32, Scheme::Affine, Float::F32};
 inline constexpr Layout Q6_K{"Q6_K", 14, 256, 210, 8, 16, Scheme::Symmetric, Float::F32};
 
+// A backend's types: structs with a member `layout`.
+template <typename... T>
+struct Types {};
+
+// Calls run(type) with the one that files call `ggml_type`; false if there is none.
+template <typename... T, typename Run>
+bool with_type(Types<T...>, int64_t ggml_type, Run&& run) {
+  const auto attempt = [&](auto type) {
+    if (decltype(type)::layout.type != ggml_type) return false;
+    run(type);
+    return true;
+  };
+  return (attempt(T{}) || ...);
+}
+
 }  // namespace mkrs::gguf

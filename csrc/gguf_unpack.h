@@ -45,11 +45,11 @@ inline Unpacking prepare(const Layout& layout, const Tensor& blocks, int64_t row
           rows > 1 ? usable.stride(0) : 0};
 }
 
-// Calls run(type) with the one of `Types` whose layout has the number; a type is a struct with a
-// member `layout`.
-template <typename... Types, typename Run>
-std::tuple<Tensor, Tensor, Tensor> dispatch(const Tensor& blocks, int64_t ggml_type, int64_t rows,
-                                            int64_t in_features, Run&& run) {
+// Checks a call and has run(type, call) fill its outputs.
+template <typename... T, typename Run>
+std::tuple<Tensor, Tensor, Tensor> dispatch(Types<T...> types, const Tensor& blocks,
+                                            int64_t ggml_type, int64_t rows, int64_t in_features,
+                                            Run&& run) {
   MKRS_CHECK(blocks.scalar_type() == ScalarType::Byte, kOp, "blocks must be uint8, got ",
              dtype_name(blocks.scalar_type()));
   MKRS_CHECK(blocks.dim() == 2, kOp, "blocks must have 2 dimensions [rows, row_bytes], got ",
@@ -57,16 +57,14 @@ std::tuple<Tensor, Tensor, Tensor> dispatch(const Tensor& blocks, int64_t ggml_t
   MKRS_CHECK(rows >= 0, kOp, "rows must not be negative, got ", rows);
   MKRS_CHECK(in_features >= 0, kOp, "in_features must not be negative, got ", in_features);
   std::optional<Unpacking> done;
-  const auto attempt = [&](auto type) {
-    if (decltype(type)::layout.type != ggml_type) return false;
+  const bool found = with_type(types, ggml_type, [&](auto type) {
     done = prepare(decltype(type)::layout, blocks, rows, in_features);
     if (done->count() > 0) run(type, *done);
-    return true;
-  };
-  if ((attempt(Types{}) || ...)) return done->result();
+  });
+  if (found) return done->result();
   std::ostringstream known;
   const char* comma = "";
-  ((known << comma << Types::layout.name << " (" << Types::layout.type << ")", comma = ", "), ...);
+  ((known << comma << T::layout.name << " (" << T::layout.type << ")", comma = ", "), ...);
   fail(kOp, "ggml_type must be one of ", known.str(), ", got ", ggml_type);
 }
 

@@ -229,6 +229,8 @@ struct Q6_K {
   }
 };
 
+using AllTypes = gguf::Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>;
+
 template <typename Type>
 void unpack(const gguf::Unpacking& call) {
   using Scale = typename Type::Scale;
@@ -257,8 +259,8 @@ void unpack(const gguf::Unpacking& call) {
 
 std::tuple<Tensor, Tensor, Tensor> gguf_unpack(const Tensor& blocks, int64_t ggml_type,
                                                int64_t rows, int64_t in_features) {
-  return gguf::dispatch<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>(
-      blocks, ggml_type, rows, in_features,
+  return gguf::dispatch(
+      AllTypes{}, blocks, ggml_type, rows, in_features,
       [](auto type, const gguf::Unpacking& call) { unpack<decltype(type)>(call); });
 }
 

@@ -28,10 +28,10 @@ void launch(const gguf::Unpacking& call, cudaStream_t stream) {
 std::tuple<Tensor, Tensor, Tensor> gguf_unpack(const Tensor& blocks, int64_t ggml_type,
                                                int64_t rows, int64_t in_features) {
   const Scope scope(gguf::kOp, blocks);
-  return gguf::dispatch<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>(
-      blocks, ggml_type, rows, in_features, [&](auto type, const gguf::Unpacking& call) {
-        launch<decltype(type)>(call, scope.stream());
-      });
+  return gguf::dispatch(AllTypes{}, blocks, ggml_type, rows, in_features,
+                        [&](auto type, const gguf::Unpacking& call) {
+                          launch<decltype(type)>(call, scope.stream());
+                        });
 }
 
 }  // namespace

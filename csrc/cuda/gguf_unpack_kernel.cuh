@@ -181,6 +181,8 @@ struct Q6_K {
   }
 };
 
+using AllTypes = gguf::Types<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K>;
+
 // The word of packed codes that begins with element e.
 template <typename Type>
 __device__ __forceinline__ uint32_t code_word(const uint8_t* b, int e) {
