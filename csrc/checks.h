@@ -136,6 +136,14 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
+// Whether `t` has a row of `columns` elements for each row of `codes`, in the same leading shape.
+inline bool has_rows_of(const Tensor& codes, const Tensor& t, int64_t columns) {
+  const int64_t dim = codes.dim();
+  bool same = t.dim() == dim && t.size(dim - 1) == columns;
+  for (int64_t i = 0; same && i + 1 < dim; ++i) same = t.size(i) == codes.size(i);
+  return same;
+}
+
 // The components of one weight, made fit for kernels (copied only when a component's rows do not
 // have one stride), with the view onto them. Keep it alive while a kernel runs.
 struct WeightArgs {
@@ -171,10 +179,8 @@ inline WeightArgs check_weight(const char* op, const Tensor& codes, const Tensor
   w.rows = rows_of(codes);
 
   const auto check_groups = [&](const char* what, const Tensor& t) {
-    bool same = t.dim() == dim && t.size(dim - 1) == w.groups;
-    for (int64_t i = 0; same && i + 1 < dim; ++i) same = t.size(i) == codes.size(i);
-    MKRS_CHECK(same, op, what, " must have the leading shape of codes ", shape_string(codes),
-               " and ", w.groups, " groups a row, got ", shape_string(t));
+    MKRS_CHECK(has_rows_of(codes, t, w.groups), op, what, " must have the leading shape of codes ",
+               shape_string(codes), " and ", w.groups, " groups a row, got ", shape_string(t));
     check_device(op, what, t, codes, "codes");
   };
   check_groups("scale", scale);
@@ -245,11 +251,9 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 inline Float check_out(const char* op, const Tensor& out, const Tensor& codes,
                        int64_t in_features) {
   check_device(op, "out", out, codes, "codes");
-  const std::vector<int64_t> sizes = sizes_with_last(codes, in_features);
-  bool same = out.dim() == codes.dim();
-  for (int64_t i = 0; same && i < out.dim(); ++i) same = out.size(i) == sizes[i];
-  MKRS_CHECK(same, op, "out must have the shape of codes with in_features (", in_features,
-             ") columns, got ", shape_string(out), " for codes ", shape_string(codes));
+  MKRS_CHECK(has_rows_of(codes, out, in_features), op,
+             "out must have the shape of codes with in_features (", in_features, ") columns, got ",
+             shape_string(out), " for codes ", shape_string(codes));
   MKRS_CHECK(out.is_contiguous(), op, "out must be contiguous, got strides of another kind");
   return check_float(op, "out", out.scalar_type());
 }
