@@ -435,12 +435,16 @@ def _gguf_components(
     if columns is not None:
         begin, end = (edge // layout.block * layout.block_bytes for edge in columns)
         blocks, k = blocks[:, begin:end], columns[1] - columns[0]
-    codes, scale, zero = gguf_unpack(blocks, stored.type, count, k)
-    parts = {"codes": codes.view(*leading, k * layout.bits // 8)}
-    groups = k // layout.group_size
-    parts["scale"] = scale.view(*leading, groups)
-    if layout.scheme == "affine":
-        parts["offset"] = zero.view(*leading, groups)
+    parts = _unpack_blocks(blocks, stored.type, count, k)
+    return {part: tensor.view(*leading, tensor.shape[-1]) for part, tensor in parts.items()}
+
+
+def _unpack_blocks(blocks: Tensor, ggml_type: int, rows: int, k: int) -> dict[str, Tensor]:
+    """Native components of rows of GGUF blocks."""
+    codes, scale, zero = gguf_unpack(blocks, ggml_type, rows, k)
+    parts = {"codes": codes, "scale": scale}
+    if GGUF_LAYOUTS[ggml_type].scheme == "affine":
+        parts["offset"] = zero
     return parts
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS, gguf_unpack
+from mergekit_torch.ops.gguf_unpack import GGUF_LAYOUTS
 
 from .gguf_header import GgufTensor
 from .info import SAFETENSORS_DTYPES
 from .pread import READ_THREADS, read_into
-from .reader import Checkpoint, _Entry, _plain_dtype
+from .reader import Checkpoint, _Entry, _plain_dtype, _unpack_blocks
 
 __all__ = ["load_rows", "read_rows", "row_count", "row_layout"]
 
@@ -123,8 +123,4 @@ def _unpacked(entry: _Entry, begin: int, rows: int, threads: int) -> dict[str, T
     blocks = torch.empty(rows, step, dtype=torch.uint8)
     offset = entry.stored.begin + begin * step
     read_into(entry.file.opened(), entry.file.path, blocks, offset, threads=threads)
-    codes, scale, zero = gguf_unpack(blocks, entry.stored.type, rows, k)
-    parts = {"codes": codes, "scale": scale}
-    if layout.scheme == "affine":
-        parts["offset"] = zero
-    return parts
+    return _unpack_blocks(blocks, entry.stored.type, rows, k)
