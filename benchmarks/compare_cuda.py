@@ -13,6 +13,7 @@ Microseconds are per call; the minimum and the median of the replays are kept. `
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import platform
@@ -163,7 +164,7 @@ class Bench:
     def __init__(self, path: Path, kept: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
         self.environment = environment()
-        self.rows = list(kept)
+        self.rows = {(row["op"], row["shape"], row["m"]): row for row in kept}
         self.read_kernel = torch.cuda._compile_kernel(READ_SOURCE, "read_bytes")
         self.reads: dict[int, Timing] = {}
 
@@ -176,15 +177,11 @@ class Bench:
             "us_median": round(timing.median, 2),
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in extra.items()},
         }
-        key = ("op", "shape", "m")
-        same = [i for i, old in enumerate(self.rows) if all(old[k] == row[k] for k in key)]
-        if same:
-            self.rows[same[0]] = row
-        else:
-            self.rows.append(row)
+        self.rows[op, shape, m] = row
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         # After every row: a run that is cut off keeps what it has.
-        document = {"environment": self.environment, "skipped": skipped(), "rows": self.rows}
+        rows = list(self.rows.values())
+        document = {"environment": self.environment, "skipped": skipped(), "rows": rows}
         self.path.write_text(json.dumps(document, indent=1) + "\n")
 
     def read(self, size: int) -> Timing:
@@ -318,34 +315,21 @@ class Bench:
         copied = 2 * source[0].numel() * 2
         self.add("copy", f"{n}x{k}", 0, timing, tb_s=copied / timing.median / 1e6)
         per_byte = timing.median / copied
+
+        def add(op: str, what: str, moved: int, calls: Sequence[Callable[[], object]]) -> None:
+            timing = time_graph(calls)
+            rates = {"tb_s": moved / timing.median / 1e6}
+            rates["of_copy"] = per_byte * moved / timing.median
+            self.add(op, f"{n}x{k} {what}", 0, timing, **rates)
+
         for bits in (8, 4, 2):
             weights = [random_weight(n, k, bits) for _ in range(4)]
             moved = weights[0].bytes + n * k * 2
-            timing = time_graph([lambda w=w: w.dequantize(torch.bfloat16) for w in weights])  # type: ignore[misc]
-            self.add(
-                "dequantize",
-                f"{n}x{k} {bits}bit",
-                0,
-                timing,
-                tb_s=moved / timing.median / 1e6,
-                of_copy=per_byte * moved / timing.median,
-            )
-            timing = time_graph(
-                [
-                    lambda s=s, bits=bits: torch.ops.mkrs.quantize(  # type: ignore[misc]
-                        s, bits, 64, "affine"
-                    )
-                    for s in source
-                ]
-            )
-            self.add(
-                "quantize",
-                f"{n}x{k} {bits}bit",
-                0,
-                timing,
-                tb_s=moved / timing.median / 1e6,
-                of_copy=per_byte * moved / timing.median,
-            )
+            reading = [functools.partial(w.dequantize, torch.bfloat16) for w in weights]
+            add("dequantize", f"{bits}bit", moved, reading)
+            quantize = torch.ops.mkrs.quantize
+            writing = [functools.partial(quantize, w, bits, 64, "affine") for w in source]
+            add("quantize", f"{bits}bit", moved, writing)
         for number, layout in GGUF_LAYOUTS.items():
             row_bytes = k // layout.block * layout.block_bytes
             files = [
@@ -353,17 +337,8 @@ class Bench:
                 for _ in range(4)
             ]
             moved = n * row_bytes + sum(t.nbytes for t in gguf_unpack(files[0], number, n, k))
-            timing = time_graph(
-                [lambda f=f, number=number: gguf_unpack(f, number, n, k) for f in files]  # type: ignore[misc]
-            )
-            self.add(
-                "gguf_unpack",
-                f"{n}x{k} {layout.name}",
-                0,
-                timing,
-                tb_s=moved / timing.median / 1e6,
-                of_copy=per_byte * moved / timing.median,
-            )
+            unpacking = [functools.partial(gguf_unpack, file, number, n, k) for file in files]
+            add("gguf_unpack", layout.name, moved, unpacking)
 
 
 def environment() -> dict[str, str]:
