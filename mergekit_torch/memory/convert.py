@@ -284,7 +284,7 @@ def _steps(changes: Mapping[str, _Change], budget: int, workers: int) -> tuple[d
     room = budget // (_SHARES * workers)
     steps = {}
     for name, change in changes.items():
-        piece = _PIECE if change.in_order else max(_PIECE, _MOVED_PIECE)
+        piece = _PIECE if change.in_order else _MOVED_PIECE
         steps[name] = max(1, min(room, piece) // max(change.row_bytes, 1))
     return steps, workers
 

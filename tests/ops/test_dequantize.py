@@ -84,6 +84,18 @@ def test_rounding_to_half_precision(device):
         assert torch.equal(got.cpu(), expected.to(dtype))
 
 
+def assert_written_alone(w, expected, start):
+    """An output that begins at element ``start`` of its storage, between other elements."""
+    end = start + expected.numel()
+    buffer = torch.full((end + 16,), 7.0, dtype=expected.dtype, device=w.codes.device)
+    out = buffer[start:end].view(expected.shape)
+    form = {"bits": w.bits, "group_size": 32, "in_features": expected.shape[-1]}
+    assert ops.dequantize(*w.components, **form, out=out) is out
+    assert torch.equal(out.cpu(), expected)
+    assert (buffer[:start] == 7).all()
+    assert (buffer[end:] == 7).all()
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_given_output(bits, dtype, device):
@@ -93,13 +105,7 @@ def test_given_output(bits, dtype, device):
         w = w.to(device)
         expected = torch.from_numpy(dequantize32(w)).to(dtype)
         for start in (0, 16) if device.type == "mps" else (0, 1, 16):
-            buffer = torch.full((start + expected.numel() + 16,), 7.0, dtype=dtype, device=device)
-            out = buffer[start : start + expected.numel()].view(expected.shape)
-            form = {"bits": bits, "group_size": 32, "in_features": k}
-            assert ops.dequantize(*w.components, **form, out=out) is out
-            assert torch.equal(out.cpu(), expected)
-            assert (buffer[:start] == 7).all()
-            assert (buffer[start + expected.numel() :] == 7).all()
+            assert_written_alone(w, expected, start)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -108,15 +114,9 @@ def test_large_given_output(bits, device):
     if device.type == "mps":
         pytest.skip("the CPU's stores; too large for the simulator")
     w = random_weight(2100, 4100, bits, 32, "affine", device=device)
-    form = {"bits": bits, "group_size": 32, "in_features": 4100}
-    expected = ops.dequantize(*w.components, **form)
+    expected = torch.from_numpy(dequantize32(w))
     for start in (0, 3):
-        buffer = torch.full((start + expected.numel() + 16,), 7.0, device=device)
-        out = buffer[start : start + expected.numel()].view(expected.shape)
-        ops.dequantize(*w.components, **form, out=out)
-        assert torch.equal(out, expected)
-        assert (buffer[:start] == 7).all()
-        assert (buffer[start + expected.numel() :] == 7).all()
+        assert_written_alone(w, expected, start)
 
 
 def test_given_output_that_does_not_fit(device):
