@@ -11,99 +11,10 @@ from torch import Tensor, nn
 from .format import FLOAT_DTYPES, PER_ROW, check_group_size
 from .nn import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from .quantize_config import QuantizeConfig
+from .quantize_report import KeptReport, LayerReport, QuantizeReport
 from .tensor import QuantizedTensor
 
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One weight that was quantized. Bytes count shared memory once; bias is not counted."""
-
-    names: tuple[str, ...]
-    """Modules that hold it: one, or several that are tied."""
-    shape: tuple[int, ...]
-    bits: int
-    group_size: int
-    scheme: str
-    scale_dtype: torch.dtype
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class KeptReport:
-    """One floating parameter with at least two dimensions that stays as it is."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What :func:`quantize_` did; ``print`` it for a table."""
-
-    layers: tuple[LayerReport, ...]
-    kept: tuple[KeptReport, ...]
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes of the quantized weights as they were, and of those that were kept."""
-        return sum(x.bytes_before for x in self.layers) + sum(x.bytes for x in self.kept)
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes of the same weights now."""
-        return sum(x.bytes_after for x in self.layers) + sum(x.bytes for x in self.kept)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per element of the quantized weights."""
-        elements = sum(_numel(layer.shape) for layer in self.layers)
-        return 8 * sum(layer.bytes_after for layer in self.layers) / max(1, elements)
-
-    def __str__(self) -> str:
-        rows = [("layer", "shape", "format", "before", "after")]
-        for x in self.layers:
-            form = f"{x.bits}-bit {x.scheme} g{x.group_size}"
-            rows.append(
-                (
-                    " = ".join(x.names),
-                    "x".join(map(str, x.shape)),
-                    form,
-                    _size(x.bytes_before),
-                    _size(x.bytes_after),
-                )
-            )
-        for y in self.kept:
-            shape = "x".join(map(str, y.shape))
-            rows.append((y.name, shape, f"kept: {y.reason}", _size(y.bytes), _size(y.bytes)))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines.append(
-            f"{len(self.layers)} weights quantized, {self.bits_per_weight:.2f} bits per weight; "
-            f"{_size(self.bytes_before)} -> {_size(self.bytes_after)}"
-        )
-        return "\n".join(lines)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+__all__ = ["KeptReport", "LayerReport", "QuantizeReport", "dequantize_", "quantize_"]
 
 
 @dataclass

@@ -1,18 +1,16 @@
-"""What the commands share: sizes, tables, progress bars, safe copies of side files."""
+"""What the commands share: help, progress bars, safe copies of side files."""
 
 import argparse
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, ConvertedCheckpoint, TensorSpec
 from ..memory import rewrite_checkpoint
-
-WIDTH = 100
-"""Tables and help fit this many columns."""
+from ..text import WIDTH
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -38,41 +36,6 @@ def add_command(
         formatter_class=Formatter,
     )
     return parser
-
-
-def size_text(nbytes: float) -> str:
-    """Bytes for people: ``"1.46 GiB"``, ``"92.1 MiB"``, ``"17 B"``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= scale:
-            value = nbytes / scale
-            return f"{value:.{2 if value < 10 else 1}f} {unit}"
-    return f"{int(nbytes)} B"
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as their contents; a first column that is too long is cut in its middle."""
-    cells = [list(headers), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
-    rest = sum(widths[1:]) + 2 * (len(widths) - 1)
-    widths[0] = max(12, min(widths[0], WIDTH - rest))
-
-    def line(row: Sequence[str]) -> str:
-        parts = [
-            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
-            for i, cell in enumerate([shorten(row[0], widths[0]), *row[1:]])
-        ]
-        return "  ".join(parts).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
-
-
-def shorten(text: str, width: int) -> str:
-    """``text``, its middle replaced by an ellipsis if it is longer than ``width``."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) * 2 // 3
-    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
 
 
 def progress_bar(total: int, description: str) -> Any:

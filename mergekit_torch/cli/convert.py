@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import ConvertedCheckpoint, open_checkpoint
-from .common import add_command, add_rewrite_arguments, check_output, rewrite, size_text
+from ..text import size_text
+from .common import add_command, add_rewrite_arguments, check_output, rewrite
 
 
 def add_parser(commands: Any) -> None:

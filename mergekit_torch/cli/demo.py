@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..text import size_text, table
 from . import convert, dequantize, generation
-from .common import add_command, size_text, table
+from .common import add_command
 from .demo_model import smollm2
 
 PROMPT = "What is gravity? Answer in two sentences."

@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import TensorSpec, open_checkpoint
-from .common import (
-    add_command,
-    add_rewrite_arguments,
-    check_output,
-    copy_side_files,
-    rewrite,
-    size_text,
-)
+from ..text import size_text
+from .common import add_command, add_rewrite_arguments, check_output, copy_side_files, rewrite
 from .generation import DTYPES
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import WIDTH, add_command, shorten, table
+from ..text import WIDTH, shorten, table
+from .common import add_command
 
 if TYPE_CHECKING:
     import torch

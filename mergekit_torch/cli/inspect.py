@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .common import add_command, shorten, size_text, table
+from ..text import shorten, size_text, table
+from .common import add_command
 
 
 def add_parser(commands: Any) -> None:

@@ -19,6 +19,7 @@ from ..checkpoint import (
 from ..format import BITS, FLOAT_DTYPES, SCHEMES
 from ..ops.quantize import default_scale_dtype
 from ..quantize_ import QuantizeConfig
+from ..text import size_text, table
 from .common import (
     add_command,
     add_rewrite_arguments,
@@ -27,8 +28,6 @@ from .common import (
     in_torchrun,
     rewrite,
     rewrite_by_ranks,
-    size_text,
-    table,
 )
 
 SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}

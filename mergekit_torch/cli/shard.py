@@ -4,15 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import (
-    MANIFEST,
-    add_command,
-    check_output,
-    copy_side_files,
-    progress_bar,
-    size_text,
-    table,
-)
+from ..text import size_text, table
+from .common import MANIFEST, add_command, check_output, copy_side_files, progress_bar
 
 # mergekit_torch.parallel is imported when it is needed: torch.distributed takes a second.
 
